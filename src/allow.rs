@@ -11,7 +11,7 @@ use std::{
 use futures_util::{FutureExt, future::BoxFuture};
 use nats_lane::{
     Auth, Connection, ContextFields, Dial, Endpoint, Error, Host, Lane, Scheme, ServerRef, auth, context,
-    leafnode::{Leaf, LeafLogin},
+    leafnode::{Leaf, LeafLogin, LeafServer},
 };
 use serde_json::Value;
 use wildmatch::WildMatch;
@@ -37,6 +37,15 @@ impl Dial for AllowList {
 
     fn dial_leaf<'a>(&'a self, server: &'a ServerRef, login: &'a LeafLogin) -> BoxFuture<'a, Result<Leaf, Error>> {
         async move { Leaf::connect(&self.resolve(server)?, login).await }.boxed()
+    }
+
+    fn dial_other_leaf<'a>(
+        &'a self,
+        server: &'a ServerRef,
+        login: &'a LeafLogin,
+        connected: &'a [LeafServer],
+    ) -> BoxFuture<'a, Result<Option<Leaf>, Error>> {
+        async move { Leaf::connect_other(&self.resolve(server)?, login, connected).await }.boxed()
     }
 
     fn login_expires(&self, server: &ServerRef) -> Option<i64> {

@@ -5,6 +5,7 @@
 mod adapters;
 mod choria_document;
 mod document;
+mod feed_subjects;
 mod file;
 mod heartbeats;
 mod json;
@@ -33,6 +34,7 @@ pub use document::{
     AdvisoryDocument, DeadLetterDocument, Document, LimitsDocument, VerifyDocument, document_id, parse, parse_judged,
     parse_value,
 };
+pub use feed_subjects::FeedSubjects;
 pub use file::{SiteFile, parse_file};
 pub use heartbeats::{
     Heartbeat, HeartbeatDocument, Heartbeats, HeartbeatsDocument, heartbeats_schema, parse_heartbeats,

@@ -26,11 +26,15 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-pub use error::{Error, ErrorKind, PoisonMessage};
+pub use error::{Error, ErrorKind, ErrorSide, PoisonMessage};
 #[doc(hidden)]
 pub use feed::{INBOX, feed};
 pub use flow::{budget::Budget, position::PositionWriter, watchdog::Escalation};
-pub(crate) use flow::{logins::LoginWatch, position::Fed, window::MessageSize};
+pub(crate) use flow::{
+    logins::LoginWatch,
+    position::{Fed, another_kind},
+    window::MessageSize,
+};
 pub use job::Job;
 pub(crate) use returned::ReturnedMessages;
 pub use returned::{KnownOrigins, WaysBack};

@@ -22,6 +22,10 @@ pub const SOURCE_HEADER: &str = "Choria-SR-Source";
 
 /// Message id that the source itself had stored; the first hop's stays.
 pub const ORIGINAL_ID_HEADER: &str = "Choria-SR-Msg-Id";
+/// Header of a server that took a message from a source of its stream: the source, its sequence, and more.
+pub const STREAM_SOURCE_HEADER: &str = "Nats-Stream-Source";
+/// What the name of a header of the server begins with where a target would act on it.
+pub const RENAMED: &str = "Choria-SR-";
 
 /// Put before the name of a header that the target would act on or refuse.
 pub const RENAMED_HEADER_PREFIX: &str = "Choria-SR-";

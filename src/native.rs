@@ -4,14 +4,14 @@
 //! code stores it and resumes by itself; as a mirror with the sequence and the stored time of the source.
 //!
 //! [`open`] makes the connections and the target stream, [`feed`] is the loop, [`witness`] decides whether source and
-//! target still belong together. [`headers`], [`request`], [`session`], [`window`] and [`subjects`] are pure.
+//! target still belong together. [`headers`], [`request`], [`session`] and [`window`] are pure.
 
 mod feed;
 mod headers;
+mod leaves;
 mod open;
 mod request;
 mod session;
-mod subjects;
 mod target;
 mod window;
 mod witness;
@@ -21,7 +21,7 @@ use tokio::{sync::watch, time::Instant};
 use tokio_util::sync::CancellationToken;
 use tracing::info;
 
-pub use subjects::FeedSubjects;
+pub use crate::config::FeedSubjects;
 pub(crate) use target::{
     Fit, check as check_target, refuse_source, settings as target_settings,
     source::{lacks, remove as remove_source},
@@ -81,13 +81,13 @@ const EVICTED: &str = "duplicate remote leafnode connection";
 fn of_leaf(error: nats_lane::Error) -> copy::Error {
     if error.message.to_ascii_lowercase().contains(EVICTED) {
         let message = format!(
-            "{}: another feed of this replication took over: a second service with the same `site` feeds the same target",
+            "target: {}: another feed of this replication took over: a second service with the same `site` feeds the same target",
             error.message
         );
         return copy::Error::new(copy::ErrorKind::Hold, message);
     }
     let refused = error.kind == ErrorKind::Hold && !error.login_refused();
-    let mut error = copy::Error::from(error);
+    let mut error = copy::Error::of_target(error);
     if refused {
         error.message += ": `config validate` prints the permissions that the leaf user needs";
     }

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::FeedSubjects;
+
 /// The copies of one replication, or of all replications of a site, from one stream: as their provenance headers name it.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct OriginTag {
@@ -12,6 +14,10 @@ pub struct OriginTag {
     /// Name of the replication; `None` for any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
+    /// What `Nats-Stream-Source` begins with in messages that a feed of kind `source` gave to the target's server; `None` for
+    /// copies, which have a provenance header.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fed: Option<String>,
 }
 
 /// What counts as copied from the target stream, beside the copies of replications that read it in the same group.
@@ -22,10 +28,24 @@ pub struct LoopProtection {
 }
 
 impl OriginTag {
+    /// Those that a feed of kind `source` takes from a stream.
+    pub fn fed(stream: &str, site: &str, id: &str) -> Self {
+        let fed = Some(FeedSubjects::of(site, id).source_index(stream));
+        Self { stream: stream.to_owned(), site: site.to_owned(), name: Some(id.to_owned()), fed }
+    }
+
+    /// The same for feeds: the name is the id of one, or what it has as `name`, or it has neither.
+    pub fn as_fed(&self) -> Vec<Self> {
+        let Self { stream, site, name, .. } = self;
+        let named = name.iter().flat_map(|name| [name.clone(), format!("{stream}.{name}")]);
+        let all = named.chain(name.is_none().then(|| stream.clone()));
+        all.map(|id| Self::fed(stream, site, &id)).collect()
+    }
+
     /// Whether what carries the other one carries this one.
     pub fn includes(&self, other: &Self) -> bool {
         let is_name = self.name.is_none() || self.name == other.name;
-        is_name && self.stream == other.stream && self.site == other.site
+        is_name && self.fed == other.fed && self.stream == other.stream && self.site == other.site
     }
 
     /// `SITE` or `SITE NAME`, for copies of a stream.
@@ -36,7 +56,7 @@ impl OriginTag {
         if !is_word(site) || !name.is_none_or(is_word) || words.next().is_some() {
             return None;
         }
-        Some(Self { stream: stream.to_owned(), site: site.to_owned(), name: name.map(str::to_owned) })
+        Some(Self { stream: stream.to_owned(), site: site.to_owned(), name: name.map(str::to_owned), fed: None })
     }
 }
 
@@ -51,6 +71,7 @@ mod tests {
                 stream: "S".to_owned(),
                 site: site.to_owned(),
                 name: name.map(str::to_owned),
+                fed: None,
             };
             assert_eq!(OriginTag::parse(text, "S"), expect.map(tag), "{text}");
         };

@@ -106,12 +106,19 @@ pub struct NativeFeed {
 }
 
 impl Replication {
-    /// What the copies of this replication carry, also those that were made under former names of the site.
+    /// What the copies of this replication carry, also those that were made under former names of the site. Messages of a
+    /// mirror carry nothing.
     pub fn origin_tags(&self, site: &str) -> Vec<OriginTag> {
+        match self.native.as_ref().map(|native| native.kind) {
+            Some(NativeKind::Mirror) => return Vec::new(),
+            Some(NativeKind::Source) => return vec![OriginTag::fed(&self.source.stream, site, &self.id)],
+            None => {}
+        }
         let tag = |site: &str, name: &str| OriginTag {
             stream: self.source.stream.clone(),
             site: site.to_owned(),
             name: Some(name.to_owned()),
+            fed: None,
         };
         let former = self.former.iter().map(|former| tag(&former.site, &former.name));
         std::iter::once(tag(site, &self.name)).chain(former).collect()

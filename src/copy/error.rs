@@ -39,6 +39,15 @@ impl ErrorKind {
     }
 }
 
+/// The connection that an error is about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ErrorSide {
+    /// The one to the source.
+    Source,
+    /// The one to the target.
+    Target,
+}
+
 /// Why a run ended.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}")]
@@ -47,6 +56,8 @@ pub struct Error {
     pub kind: ErrorKind,
     /// Description, without secrets.
     pub message: String,
+    /// The connection that it is about, where it is about one.
+    pub side: Option<ErrorSide>,
     /// The message that can never be stored at the target, if that is the reason.
     pub poison: Option<Box<PoisonMessage>>,
     /// Length in bytes of the longest protocol line that the target had not confirmed when it ended the connection.
@@ -75,6 +86,7 @@ impl Error {
         Self {
             kind,
             message,
+            side: None,
             poison: None,
             unconfirmed_line: None,
             refused: Vec::new(),
@@ -87,18 +99,19 @@ impl Error {
         }
     }
 
-    /// Whether it is about the connection to this side, `source` or `target`: its text begins with that, or it ended a run in
-    /// which nothing moved and names that side alone.
-    pub fn is_of(&self, side: &str) -> bool {
-        let begins = self.message.strip_prefix(side).is_some_and(|rest| rest.starts_with(": "));
-        let names = |side: &str| self.message.contains(&format!("the {side} "));
-        let other = if side == "source" { "target" } else { "source" };
-        begins || self.stalled && names(side) && !names(other)
+    /// An error of the connection to the source, which its text names.
+    pub(crate) fn of_source(error: nats::Error) -> Self {
+        Self { side: Some(ErrorSide::Source), ..error.context("source").into() }
+    }
+
+    /// An error of the connection to the target, which its text names.
+    pub(crate) fn of_target(error: nats::Error) -> Self {
+        Self { side: Some(ErrorSide::Target), ..error.context("target").into() }
     }
 
     /// An error of a run that made no more progress.
-    pub(crate) fn stalled(message: impl Into<String>) -> Self {
-        Self { stalled: true, ..Self::new(ErrorKind::Retry, message) }
+    pub(crate) fn stalled(side: ErrorSide, message: impl Into<String>) -> Self {
+        Self { stalled: true, side: Some(side), ..Self::new(ErrorKind::Retry, message) }
     }
 }
 
@@ -128,17 +141,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_error_of_a_connection_names_its_side() {
-        let check = |error: Error, expect: Option<&str>| {
-            let found: Vec<_> = ["source", "target"].into_iter().filter(|side| error.is_of(side)).collect();
-            assert_eq!(found, expect.into_iter().collect::<Vec<_>>(), "{error}");
-        };
-        check(Error::new(ErrorKind::Retry, "target: connection refused"), Some("target"));
-        check(Error::new(ErrorKind::Retry, "source: timed out"), Some("source"));
-        check(Error::new(ErrorKind::Retry, "the target refused the message"), None);
-        check(Error::new(ErrorKind::Retry, "targets: none"), None);
-        check(Error::stalled("the target is silent for 6s"), Some("target"));
-        check(Error::stalled("nothing came from the source for 10s"), Some("source"));
-        check(Error::stalled("the source and the target differ"), None);
+    fn an_error_of_a_connection_has_its_side_and_names_it() {
+        let error = Error::of_target(nats::Error::retry("connection refused"));
+        assert_eq!((error.side, error.message.as_str()), (Some(ErrorSide::Target), "target: connection refused"));
+        let error = Error::of_source(nats::Error::hold("not permitted"));
+        assert_eq!((error.side, error.kind), (Some(ErrorSide::Source), ErrorKind::Hold));
+        assert_eq!(Error::from(nats::Error::retry("the target refused it")).side, None);
+        let error = Error::stalled(ErrorSide::Source, "nothing came");
+        assert!(error.stalled && error.side == Some(ErrorSide::Source));
     }
 }

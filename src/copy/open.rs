@@ -15,7 +15,12 @@ use tracing::info;
 use super::{
     Error, ErrorKind, Job,
     decide::CopyRules,
-    flow::{bounds::Bounds, position::PositionWriter, watchdog::Watchdog, window::Window},
+    flow::{
+        bounds::Bounds,
+        position::{PositionWriter, another_kind},
+        watchdog::Watchdog,
+        window::Window,
+    },
     objects::Gate,
     reject::{Refused, Rejects},
     reporter::Reporter,
@@ -36,7 +41,7 @@ use super::{
         bridge, dead_letter,
         drops::Drops,
         mode,
-        provenance::Tag,
+        provenance::{Tag, at_end, came_from},
         stream::{self, Abilities, Opened, Opening},
         target_half::TargetHalf,
         target_limits,
@@ -45,7 +50,7 @@ use super::{
     },
 };
 use crate::{
-    config::{OnReject, Replication, Side},
+    config::{NativeKind, OnReject, OriginTag, Replication, Side},
     events::{Event, Events},
     names,
     status::{CopyStatus, State, TargetMode},
@@ -118,6 +123,7 @@ impl<'a> Opener<'a> {
         });
         let (mut lanes, first) = Lanes::connect(self.job, positions).await?;
         let mut streams = self.read_streams(&mut lanes, first, positions).await?;
+        self.refuse_echo(&streams.source)?;
         let mut found = Box::pin(self.find(&mut lanes, &mut streams, positions)).await?;
         let (sampler, reader) = self.read(&mut lanes, &streams, &mut found, positions).await?;
         positions.begin_at(streams.target.state.last_seq);
@@ -142,6 +148,22 @@ impl<'a> Opener<'a> {
         Ok(run)
     }
 
+    /// Refuses a source that is a mirror which another replication feeds from the target: nothing in its messages says so.
+    fn refuse_echo(&self, source: &StreamInfo) -> Result<(), Error> {
+        let replication = &self.job.replication;
+        if replication.loop_protection.is_none() || !self.job.ways_back.mirrors_target(source) {
+            return Ok(());
+        }
+        let (from, to) = (&replication.source.stream, &replication.target.stream);
+        Err(Error::new(
+            ErrorKind::Hold,
+            format!(
+                "source stream `{from}` is a mirror that is fed from target stream `{to}`: everything in it would be stored there \
+                 a second time; feed it with kind `source`, or promote it"
+            ),
+        ))
+    }
+
     /// Checks whether the source stream may be copied, and creates or updates the target stream.
     async fn read_streams(
         self,
@@ -152,13 +174,22 @@ impl<'a> Opener<'a> {
         let (job, Lanes { replication, source, target }) = (self.job, lanes);
         let FirstAnswers { source: source_info, sent, received, target: known, acked } = first;
         let end_before = known.as_ref().map_or(0, |info| info.state.last_seq);
+        if !positions.knows_kind() {
+            let fed = [OriginTag::fed(&replication.source.stream, &job.site, &replication.id)];
+            let is_fed = |header: &[u8]| came_from(header, &fed);
+            let stream = &replication.target.stream;
+            if at_end(&mut target.lane, stream, end_before, is_fed).await.map_err(Error::of_target)? {
+                let why = another_kind(Some(NativeKind::Source), None, stream);
+                return Err(Error::new(ErrorKind::Hold, why));
+            }
+        }
         positions.stores_as(None, &replication.target.stream, end_before).await?;
         let source_info = source_info.ok_or_else(|| {
             Error::new(ErrorKind::Hold, format!("source stream `{}` does not exist", replication.source.stream))
         })?;
         let mut clock = SourceClock::new(&heard(sent, received, &source_info));
         if let Some(why) = job.own_streams.refuse(&replication.source.stream, &source_info.created) {
-            return Err(Error::new(ErrorKind::Hold, format!("source: {why}")));
+            return Err(Error::of_source(nats::Error::hold(why)));
         }
         if let OnReject::DeadLetter { subject } = &replication.on_reject {
             dead_letter::not_into_source(&replication.source.stream, &source_info, subject)?;
@@ -167,7 +198,7 @@ impl<'a> Opener<'a> {
             bridge::check(job, &mut source.lane, &mut target.lane, &source_info).await?;
         }
         let opening = Opening::new(job, &mut source.lane, &mut target.lane, &source_info, None).with_answer(known);
-        let (target_info, opened) = opening.open().await.map_err(|e| e.context("target"))?;
+        let (target_info, opened) = opening.open().await.map_err(Error::of_target)?;
         log_opened(replication, opened);
         let mut source_info = source_info;
         // Messages that an earlier holder copied meanwhile do not prove that the source lost its end.
@@ -196,7 +227,7 @@ impl<'a> Opener<'a> {
         let installation = positions.record().installation.as_ref().unwrap_or(&job.installation).clone();
         let owner = Owner { site: &job.site, installation: &installation };
         let durable = match Durable::is_needed(&streams.source) {
-            true => Durable::find(&mut source.lane, replication, owner).await.map_err(|e| e.context("source"))?,
+            true => Durable::find(&mut source.lane, replication, owner).await.map_err(Error::of_source)?,
             false => None,
         };
         let tag = Tag::new(&replication.source.stream, &job.site, &replication.name)
@@ -262,7 +293,7 @@ impl<'a> Opener<'a> {
         };
         let Connected { lane, names } = source;
         let reader = Intake::open(lane, replication, owner, info, durable, names, from).await;
-        Ok((sampler, reader.map_err(|e| e.context("source"))?))
+        Ok((sampler, reader.map_err(Error::of_source)?))
     }
 }
 
@@ -276,11 +307,11 @@ impl Lanes {
         let replication = Arc::new(replication);
         let name = format!("{} {}", names::PROGRAM, replication.id);
         let (lane, (target, target_info)) = tokio::try_join!(
-            async { job.dial.dial(&replication.source.place, &name).await.map_err(|e| e.context("source")) },
+            async { job.dial.dial(&replication.source.place, &name).await.map_err(Error::of_source) },
             async {
-                let lane = job.dial.dial(&replication.target.place, &name).await.map_err(|e| e.context("target"))?;
+                let lane = job.dial.dial(&replication.target.place, &name).await.map_err(Error::of_target)?;
                 let others = &mut AckedByOthers::default();
-                Connected::with(lane, job, &replication.target, others).await.map_err(|e| e.context("target"))
+                Connected::with(lane, job, &replication.target, others).await.map_err(Error::of_target)
             },
         )?;
         let mut lane = lane;
@@ -289,7 +320,7 @@ impl Lanes {
             if first_start { AckedByOthers::ask(&mut lane, &replication) } else { AckedByOthers::default() };
         let sent = Instant::now();
         let connected = Connected::with(lane, job, &replication.source, &mut acked).await;
-        let (source, source_info) = connected.map_err(|e| e.context("source"))?;
+        let (source, source_info) = connected.map_err(Error::of_source)?;
         let received = Instant::now();
         let first = FirstAnswers { source: source_info, sent, received, target: target_info, acked: acked.floor() };
         Ok((Self { replication, source, target }, first))

@@ -278,8 +278,7 @@ impl Sides<'_> {
         // Messages with ids may have left holes that a chain filled: its end then says nothing of what is after the holes.
         let chained = record.stamps == Some(Stamps::Chain);
         let Some(target) = target else {
-            // No message of ours was known at the target: there can only be messages that were sent just before a
-            // crash.
+            // There can only be messages that were sent just before a crash.
             return self.with_tail(known, chained).await;
         };
         // After a move back there is nothing to compare; messages after it were stored since.

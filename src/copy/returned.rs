@@ -3,6 +3,7 @@
 
 use std::{fmt, sync::Arc};
 
+use nats_lane::jetstream::StreamInfo;
 use tokio::sync::watch;
 
 use super::target::provenance;
@@ -18,6 +19,8 @@ pub struct KnownOrigins {
     pub target: Vec<OriginTag>,
     /// They read another stream: the copies of a deleted replication look like theirs.
     pub others: Vec<OriginTag>,
+    /// API prefixes of the mirrors that are fed from the target stream.
+    pub mirrors: Vec<String>,
 }
 
 /// The replications that may copy messages back from the target of a run, as known at any time.
@@ -36,6 +39,12 @@ impl WaysBack {
     /// What is always the same.
     pub fn fixed(known: KnownOrigins) -> Self {
         Self::new(watch::Sender::default().subscribe(), move || known.clone())
+    }
+
+    /// Whether a stream is a mirror that is fed from the target.
+    pub fn mirrors_target(&self, info: &StreamInfo) -> bool {
+        let api = info.config["mirror"]["external"]["api"].as_str();
+        api.is_some_and(|api| (self.current)().mirrors.iter().any(|known| known == api))
     }
 
     fn now(&mut self) -> KnownOrigins {
@@ -75,7 +84,9 @@ impl ReturnedMessages {
         let known = remembered.map(|remembered| remembered.tags.clone()).unwrap_or_default();
         let mut ways_back = ways_back.clone();
         let now = ways_back.now();
-        let mut new = Self { ways_back: Some(ways_back), configured: protection.target_origin.clone(), known };
+        let fed = protection.target_origin.iter().flat_map(OriginTag::as_fed);
+        let configured = protection.target_origin.iter().cloned().chain(fed).collect();
+        let mut new = Self { ways_back: Some(ways_back), configured, known };
         new.learn(now);
         new
     }
@@ -83,6 +94,11 @@ impl ReturnedMessages {
     /// Whether a message came from there.
     pub fn includes(&self, header: &[u8]) -> bool {
         provenance::came_from(header, &self.known) || provenance::came_from(header, &self.configured)
+    }
+
+    /// Recognizes messages that carry these, too.
+    pub fn add(&mut self, tags: Vec<OriginTag>) {
+        self.configured.extend(tags);
     }
 
     /// Whether there can be any.
@@ -120,12 +136,12 @@ mod tests {
     use super::*;
 
     fn tag(site: &str) -> OriginTag {
-        OriginTag { stream: "S".to_owned(), site: site.to_owned(), name: Some("w".to_owned()) }
+        OriginTag { stream: "S".to_owned(), site: site.to_owned(), name: Some("w".to_owned()), fed: None }
     }
 
     fn known(target: &[&str], others: &[&str]) -> KnownOrigins {
         let tags = |sites: &[&str]| sites.iter().map(|site| tag(site)).collect();
-        KnownOrigins { target: tags(target), others: tags(others) }
+        KnownOrigins { target: tags(target), others: tags(others), mirrors: Vec::new() }
     }
 
     fn message(site: &str) -> Vec<u8> {

@@ -242,7 +242,7 @@ impl Run<'_> {
     fn lost_target(&self, error: nats_lane::Error) -> Error {
         let unconfirmed = self.target.writer.unconfirmed_line(&self.bounds.window);
         let unconfirmed_line = unconfirmed.filter(|line| *line > line::LEAST);
-        Error { unconfirmed_line, ..error.context("target").into() }
+        Error { unconfirmed_line, ..Error::of_target(error) }
     }
 
     /// The source ended the connection: perhaps because more was requested than it lets wait.
@@ -256,7 +256,7 @@ impl Run<'_> {
                 warn!(replication = id, bytes, "the source cut the connection again: asking it for less at once");
             }
         }
-        error.context("source").into()
+        Error::of_source(error)
     }
 
     /// Writes the records of senders and publishes their advisories, as far as that is due.

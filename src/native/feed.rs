@@ -2,11 +2,12 @@
 //! target that asks again.
 
 mod message;
+mod refused;
 mod resume;
 mod sampling;
 mod status;
 
-use std::{collections::BTreeSet, future::poll_fn, task::Poll};
+use std::{future::poll_fn, task::Poll};
 
 use nats_lane::{
     Batch, Lane, Turn, entropy,
@@ -21,15 +22,16 @@ use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
 use self::{
-    message::{count, skipped, splits_at_last, undeliverable},
+    message::{count, skipped, splits_at_last},
+    refused::{Judging, RefusalVerdict, Refusals},
     sampling::{note, replays, sampled_out},
 };
 use super::{
     FeedSubjects,
     headers::without_ids,
-    of_leaf,
+    leaves::{LeafKey, LeafTurn, Leaves},
     open::OpenedFeed,
-    request::{self, ConsumerRequest, FeedStart, Unserved},
+    request::{self, ConsumerRequest, Unserved},
     session::{FedPoint, FeedSession, poke},
     target::{self, Fit},
     window::{Amount, FeedWindow},
@@ -37,7 +39,7 @@ use super::{
 use crate::{
     config::{NativeKind, Replication, Scope},
     copy::{
-        Error, ErrorKind, Job, LoginWatch, PositionWriter, ReturnedMessages,
+        Error, ErrorKind, ErrorSide, Job, LoginWatch, PositionWriter, ReturnedMessages,
         sampling_driver::SamplingDriver,
         source::{
             clock::{ClockReading, SourceClock},
@@ -74,6 +76,9 @@ const NEWEST_AFTER: Duration = Duration::from_secs(1);
 const LISTENS_WITHIN: Duration = Duration::from_secs(10);
 /// How long a target may store none of the delivered messages until the run ends.
 const STORES_WITHIN: Duration = Duration::from_secs(60);
+/// After this time without an answer of a target that has been given everything, it is made to ask again: one that refuses a message
+/// does that by itself only when the next one arrives.
+const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
 /// The number of requests for the same message, delivered each time, that mean that the target refuses it.
 const REFUSED: u32 = 3;
 /// Bytes that wait in our buffer for the target's connection before no more are added.
@@ -82,16 +87,6 @@ const UNWRITTEN: usize = 1 << 20;
 const LAST_SAVE: Duration = Duration::from_secs(2);
 /// Deadline for what is written to the target then.
 const LAST_WRITE: Duration = Duration::from_millis(500);
-
-/// Whether the target asks for the same message again and again.
-#[derive(Debug, Clone, Copy, Default)]
-struct Repeats {
-    /// The sequence that was asked for last, after something was delivered.
-    start: u64,
-    times: u32,
-    /// Something was delivered since the last request.
-    delivered: bool,
-}
 
 /// When something is due.
 #[derive(Debug)]
@@ -104,6 +99,14 @@ struct FeedTimes {
     waits: Instant,
     /// When the target last confirmed stored messages, or had none to store.
     stored: Instant,
+    /// When it was asked for its state.
+    asked: Instant,
+}
+
+impl FeedTimes {
+    fn new(now: Instant) -> Self {
+        Self { tick: now, heartbeat: now, info: now + INFO_EVERY, poke: now, waits: now, stored: now, asked: now }
+    }
 }
 
 /// How a feed ended that did not fail.
@@ -140,6 +143,8 @@ impl SavedFeed {
 /// A consumer that the target was given, and what it is fed from.
 struct Served {
     session: FeedSession,
+    /// The connection over which it is fed.
+    leaf: LeafKey,
     reader: Intake,
     /// The newest message that was read: delivered, or out of scope.
     read: FedPoint,
@@ -163,11 +168,9 @@ pub(super) struct Feed<'a> {
     clock: SourceClock,
     target: Lane,
     target_info: StreamInfo,
-    leaf: Leaf,
-    /// Subjects of deliveries that the target listens on.
-    listens: BTreeSet<String>,
-    /// The newest request, and when it is served.
-    request: Option<(ConsumerRequest, Instant)>,
+    leaves: Leaves,
+    /// The newest request, over which connection it came first, and when it is served.
+    request: Option<(ConsumerRequest, LeafKey, Instant)>,
     session: Option<Served>,
     /// Up to where the target can hold what this run gave it.
     given: Option<u64>,
@@ -177,7 +180,11 @@ pub(super) struct Feed<'a> {
     splits_at_last: bool,
     /// Message ids are renamed.
     renames_ids: bool,
-    repeats: Repeats,
+    refusals: Refusals,
+    /// When the target last answered flow control.
+    settled_at: Instant,
+    /// Generation of the position record, for dead letters.
+    generation: u64,
     /// Requests for the state of the streams that are not answered: source and when it was asked, target.
     asked: (Option<(String, Instant)>, Option<String>),
     /// Everything up to here is stored at the target.
@@ -201,7 +208,7 @@ impl<'a> Feed<'a> {
         status: &'a watch::Sender<(State, CopyStatus)>,
         events: &'a Events,
     ) -> Self {
-        let OpenedFeed { kind, subjects, source, names, source_info, clock, target, target_info, leaf } = opened;
+        let OpenedFeed { kind, subjects, source, names, source_info, clock, target, target_info, leaves } = opened;
         let (state, mut copy) = status.borrow().clone();
         let samples = job.replication.sampling.is_some();
         copy.sampling = samples.then(|| copy.sampling.take().unwrap_or_default());
@@ -210,8 +217,9 @@ impl<'a> Feed<'a> {
         let seq = if kind == NativeKind::Mirror { target_info.state.last_seq } else { 0 };
         let position = FedPoint { seq, time_ns: None };
         let renames_ids = kind == NativeKind::Source;
-        let splits_at_last = splits_at_last(&leaf.info().version);
-        let times = FeedTimes { tick: now, heartbeat: now, info: now + INFO_EVERY, poke: now, waits: now, stored: now };
+        let error = copy.last_error.as_ref().filter(|error| error.source_seq == job.skip.map(|skip| skip.seq));
+        let why = error.map(|error| error.message.clone());
+        let splits_at_last = leaves.versions().any(splits_at_last);
         Self {
             job,
             kind,
@@ -225,21 +233,22 @@ impl<'a> Feed<'a> {
             clock,
             target,
             target_info,
-            leaf,
-            listens: BTreeSet::new(),
+            leaves,
             request: None,
             session: None,
             given: None,
             returned: ReturnedMessages::default(),
             splits_at_last,
             renames_ids,
-            repeats: Repeats::default(),
+            refusals: Refusals::of(job.skip, why),
+            settled_at: now,
+            generation: 0,
             asked: (None, None),
             position,
             compared: false,
             copy,
             state,
-            times,
+            times: FeedTimes::new(now),
             logins: LoginWatch::default(),
             stepped_down: false,
             reply: Vec::new(),
@@ -259,8 +268,11 @@ impl<'a> Feed<'a> {
             let protection = job.replication.loop_protection.as_ref();
             let remembered = positions.record().from_target.as_ref();
             self.returned = ReturnedMessages::new(protection, &job.ways_back, remembered, created);
+            // What this feed gave to the target goes no further.
+            self.returned.add(job.replication.origin_tags(&job.site));
             positions.knows_from_target(self.returned.remembered(created)).await?;
         }
+        self.generation = positions.record().generation;
         let result = tokio::select! {
             biased;
             () = stop.cancelled() => Ok(FeedEnd::Stopped),
@@ -270,7 +282,7 @@ impl<'a> Feed<'a> {
             return result;
         }
         // A target whose request is not answered asks again only after half a minute.
-        self.leaf.flush(LAST_WRITE).await;
+        self.leaves.flush(LAST_WRITE).await;
         self.finish_sampling(positions.reads_after()).await;
         let last = timeout(LAST_SAVE, positions.save_fed_now(&self.fed(), self.row())).await;
         match last {
@@ -284,8 +296,8 @@ impl<'a> Feed<'a> {
         self.check_source(&SavedFeed::of(positions)).await?;
         loop {
             let now = Instant::now();
-            if let Some((asked, _)) = self.request.take_if(|(_, at)| now >= *at) {
-                self.begin(asked, positions).await?;
+            if let Some((asked, over, _)) = self.request.take_if(|(.., at)| now >= *at) {
+                self.begin(asked, over, positions).await?;
             }
             self.deliver(now)?;
             self.acknowledge();
@@ -311,34 +323,45 @@ impl<'a> Feed<'a> {
                     self.sampled(moved);
                     None
                 }
-                turn = self.leaf.turn() => match turn.map_err(|error| of_leaf(error.context("target")))? {
-                    Turn::Received(batch) => self.hear_target(&batch),
-                    Turn::Flushed => None,
+                turn = self.leaves.turn() => match turn? {
+                    LeafTurn::Received(over, batch) => self.hear_target(over, &batch).map(|asked| (asked, over)),
+                    LeafTurn::Flushed => None,
+                    LeafTurn::Lost(lost) => {
+                        self.lost(lost);
+                        None
+                    }
                 },
                 turn = self.source.turn(), if reads => {
-                    if let Turn::Received(batch) = turn.map_err(|error| error.context("source"))? {
+                    if let Turn::Received(batch) = turn.map_err(Error::of_source)? {
                         self.hear_source(batch)?;
                     }
                     None
                 }
                 turn = self.target.turn() => {
-                    if let Turn::Received(batch) = turn.map_err(|error| error.context("target"))? {
+                    if let Turn::Received(batch) = turn.map_err(Error::of_target)? {
                         self.hear_target_state(&batch)?;
                     }
                     None
                 }
                 () = sleep_until(wakes) => None,
             };
-            match asked {
-                Some(Ok(asked)) => self.request = Some((asked, Instant::now() + self.newest_after())),
-                Some(Err(Unserved { reply, why })) => {
-                    let stream = &self.job.replication.target.stream;
-                    let error = held(format!("target stream `{stream}` cannot be fed: {why}"));
-                    return Err(self.refuse(&reply, error).await);
-                }
-                None => {}
+            if let Some((asked, over)) = asked {
+                self.take_request(asked, over).await?;
             }
         }
+    }
+
+    /// Keeps the newest request until it is served; an error if it cannot be.
+    async fn take_request(&mut self, asked: Result<ConsumerRequest, Unserved>, over: LeafKey) -> Result<(), Error> {
+        match asked {
+            Ok(asked) => self.request = Some((asked, over, Instant::now() + self.newest_after())),
+            Err(Unserved { reply, why }) => {
+                let stream = &self.job.replication.target.stream;
+                let error = held(format!("target stream `{stream}` cannot be fed: {why}"));
+                return Err(self.refuse(&reply, over, error).await);
+            }
+        }
+        Ok(())
     }
 
     /// How long a request waits for a newer one.
@@ -348,23 +371,15 @@ impl<'a> Feed<'a> {
     }
 
     fn wakes(&self) -> Instant {
-        self.request.as_ref().map_or(self.times.tick, |(_, at)| self.times.tick.min(*at))
+        self.request.as_ref().map_or(self.times.tick, |(.., at)| self.times.tick.min(*at))
     }
 
-    /// Handles messages of the leafnode connection; returns the newest request for a consumer, which is still to be served.
-    fn hear_target(&mut self, batch: &Batch) -> Option<Result<ConsumerRequest, Unserved>> {
+    /// Handles messages of a leafnode connection; returns the newest request for a consumer, which is still to be served.
+    fn hear_target(&mut self, over: LeafKey, batch: &Batch) -> Option<Result<ConsumerRequest, Unserved>> {
         let prefix = format!("{}.", self.subjects.deliver());
-        for interest in self.leaf.take_interest() {
-            if !interest.subject.starts_with(&prefix) || !interest.queue.is_empty() {
-                continue;
-            }
-            if interest.begins {
-                self.listens.insert(interest.subject.clone());
-            } else {
-                self.listens.remove(&interest.subject);
-            }
-            let Some(served) = &mut self.session else { continue };
-            if served.session.hear(&interest.subject, interest.begins) && !interest.begins {
+        for (subject, begins) in self.leaves.hear(over, &prefix) {
+            let Some(served) = self.session.as_mut().filter(|served| served.leaf == over) else { continue };
+            if served.session.hear(&subject, begins) && !begins {
                 debug!(replication = self.job.replication.id, "the target has ended its consumer");
                 self.end_session();
             }
@@ -372,40 +387,61 @@ impl<'a> Feed<'a> {
         let (api, mut newest) = (self.subjects.api(), None);
         for message in batch.iter() {
             match request::read(&api, message.subject, message.reply, message.payload) {
-                Some(asked) => newest = Some(asked),
-                None => self.settle(message.subject),
+                // Each server passes it on to its leafnode connection.
+                Some(asked) => {
+                    if self.leaves.is_new(&String::from_utf8_lossy(message.reply)) {
+                        newest = Some(asked);
+                    }
+                }
+                None => self.settle(message.subject, message.header),
             }
         }
         newest
     }
 
+    /// A connection of several was lost. A consumer that was fed over it ends, and over the others the target is made to ask for
+    /// the next one.
+    fn lost(&mut self, lost: LeafKey) {
+        if self.session.as_ref().is_some_and(|served| served.leaf == lost) {
+            debug!(replication = self.job.replication.id, "feeding over another leafnode connection");
+            self.end_session();
+            // What was on its way is no message that the target refused.
+            self.refusals.forget();
+            let now = Instant::now();
+            (self.times.poke, self.times.tick) = (now, now);
+        }
+    }
+
     /// Answers that the request is not served, and why: the target shows that in `mirror.error` of its stream.
-    async fn refuse(&mut self, reply: &str, error: Error) -> Error {
-        self.leaf.send(reply.as_bytes(), b"", b"", request::refusal(&error.message).as_bytes());
-        self.leaf.flush(LAST_SAVE).await;
+    async fn refuse(&mut self, reply: &str, over: LeafKey, error: Error) -> Error {
+        let refusal = request::refusal(&error.message);
+        self.leaves.leaf(over).send(reply.as_bytes(), b"", b"", refusal.as_bytes());
+        self.leaves.flush(LAST_SAVE).await;
         error
     }
 
     /// A message of the target on a subject that is no request: perhaps a flow control answer.
-    fn settle(&mut self, subject: &[u8]) {
+    fn settle(&mut self, subject: &[u8], header: &[u8]) {
         let Some(served) = &mut self.session else { return };
         let now = Instant::now();
-        let Some((amount, last)) = served.session.answered(subject, now) else { return };
-        self.times.stored = now;
+        let Some((amount, last)) = served.session.answered(subject, header, now) else { return };
+        (self.times.stored, self.settled_at) = (now, now);
         self.position = last;
         self.copy.counters.copied += amount.messages;
         self.copy.counters.copied_bytes += amount.bytes;
         self.copy.metered.copied_payload += amount.payload;
-        self.repeats = Repeats::default();
+        self.refusals.stored();
     }
 
     /// Acknowledges at the source what is stored at the target, where the source asks for that. Where everything that was
     /// delivered is stored, what was read after it and is out of scope is settled too.
     fn acknowledge(&mut self) {
         let Some(served) = &mut self.session else { return };
-        if served.session.is_settled() && served.read.seq > self.position.seq {
-            self.position = served.read;
+        let (read, settled) = (served.read, served.session.is_settled());
+        if settled && read.seq > self.position.seq && !self.keeps_request(read.seq) {
+            self.position = read;
         }
+        let Some(served) = &mut self.session else { return };
         let (position, now) = (self.position.seq, Instant::now());
         let forgettable = served.sampler.as_ref().map_or(position, |sampler| sampler.may_forget(position, now));
         served.reader.settled(&mut self.source, forgettable);
@@ -414,7 +450,7 @@ impl<'a> Feed<'a> {
     fn end_session(&mut self) {
         if let Some(Served { session, reader, .. }) = self.session.take() {
             reader.close(&mut self.source);
-            self.repeats.delivered |= session.delivered() > 0;
+            self.refusals.ended(session.delivered() > 0);
             self.given = self.given.max(Some(session.last().seq));
         }
         let now = Instant::now();
@@ -423,10 +459,17 @@ impl<'a> Feed<'a> {
     }
 
     /// Serves a request: checks whether the target may continue, opens the reader and answers.
-    async fn begin(&mut self, asked: ConsumerRequest, positions: &mut PositionWriter) -> Result<(), Error> {
+    async fn begin(
+        &mut self,
+        asked: ConsumerRequest,
+        over: LeafKey,
+        positions: &mut PositionWriter,
+    ) -> Result<(), Error> {
         let Some(asked) = self.located(asked).await? else { return Ok(()) };
         self.end_session();
-        self.count_refusal(&asked)?;
+        if let Err(error) = self.count_refusal(&asked) {
+            return Err(self.refuse(&asked.reply, over, error).await);
+        }
         let opened = async {
             let replication = self.scoped(&asked)?;
             let before = self.before(&asked, &SavedFeed::of(positions)).await?;
@@ -435,30 +478,32 @@ impl<'a> Feed<'a> {
         };
         let (before, reader, sampler) = match opened.await {
             Ok(opened) => opened,
-            Err(error) if error.kind == ErrorKind::Hold => return Err(self.refuse(&asked.reply, error).await),
+            Err(error) if error.kind == ErrorKind::Hold => return Err(self.refuse(&asked.reply, over, error).await),
             Err(error) => return Err(error),
         };
+        let leader = self.target_info.cluster.as_ref().map(|cluster| cluster.leader.as_str());
+        let over = self.leaves.nearest(leader, over);
         let limits = &self.job.replication.limits;
         let consumer = format!("SR{}", entropy::name());
         let own = format!("{}.{consumer}", self.subjects.deliver());
         let subject = if asked.takes_subject { own.clone() } else { asked.deliver.clone() };
         let bound =
             Amount { messages: limits.messages_in_flight as u64, bytes: limits.bytes_in_flight as u64, payload: 0 };
-        let window = FeedWindow::new(bound, self.leaf.login_took());
+        let window = FeedWindow::new(bound, self.leaves.leaf(over).login_took());
         let answer = asked.answer(&consumer, &subject, before.seq, reader.pending());
         let deliver = [own, asked.deliver];
         let stream = &self.job.replication.source.stream;
         let mut session = FeedSession::new(stream, consumer, deliver, &self.subjects.flow(), before, window);
-        for subject in &self.listens {
+        for subject in self.leaves.listens(over) {
             session.hear(subject, true);
         }
-        self.leaf.send(asked.reply.as_bytes(), b"", b"", answer.as_bytes());
+        self.leaves.leaf(over).send(asked.reply.as_bytes(), b"", b"", answer.as_bytes());
         info!(replication = self.job.replication.id, after = before.seq, "the target asked for messages");
         let now = Instant::now();
         (self.times.waits, self.times.stored, self.times.heartbeat) = (now, now, now + HEARTBEAT);
         (self.position, self.compared) = (before, true);
         self.given = self.given.max(Some(before.seq));
-        self.session = Some(Served { session, reader, read: before, is_of_compared: false, sampler });
+        self.session = Some(Served { session, leaf: over, reader, read: before, is_of_compared: false, sampler });
         self.copy.metered.consumers += 1;
         // Asked without waiting: a durable consumer delivers already.
         self.ask_states(now);
@@ -490,7 +535,7 @@ impl<'a> Feed<'a> {
         after: u64,
         positions: &mut PositionWriter,
     ) -> Result<Intake, Error> {
-        let of_source = |error: nats_lane::Error| Error::from(error.context("source"));
+        let of_source = Error::of_source;
         let (lane, info) = (&mut self.source, &self.source_info);
         let installation = positions.record().installation.as_ref().unwrap_or(&self.job.installation).clone();
         let owner = Owner { site: &self.job.site, installation: &installation };
@@ -504,35 +549,10 @@ impl<'a> Feed<'a> {
         Intake::open(lane, replication, owner, info, durable, &mut self.names, after).await.map_err(of_source)
     }
 
-    /// A message that the target asks for again and again was refused by it.
-    fn count_refusal(&mut self, asked: &ConsumerRequest) -> Result<(), Error> {
-        let delivered = std::mem::take(&mut self.repeats.delivered);
-        let start = match asked.wanted {
-            FeedStart::All | FeedStart::Time(_) | FeedStart::AfterItsLast => 0,
-            FeedStart::From(seq) => seq,
-        };
-        if !delivered || start != self.repeats.start {
-            self.repeats = Repeats { start, times: u32::from(delivered), delivered: false };
-            return Ok(());
-        }
-        self.repeats.times += 1;
-        if self.repeats.times < REFUSED {
-            return Ok(());
-        }
-        let stream = &self.job.replication.target.stream;
-        Err(held(format!(
-            "target stream `{stream}` does not store the next source message, at sequence {} or after it: it asked for it \
-             {} times; the log of the target's server has the reason (`Error processing inbound`); such a message may need \
-             `allow_rollup_hdrs` or `allow_msg_ttl` of the stream, or a newer server",
-            start.max(1),
-            self.repeats.times
-        )))
-    }
-
     async fn read_source(&mut self) -> Result<(), Error> {
         let stream = &self.job.replication.source.stream;
         let sent = Instant::now();
-        let info = Api::new(&mut self.source).stream_info(stream).await.map_err(|error| error.context("source"))?;
+        let info = Api::new(&mut self.source).stream_info(stream).await.map_err(Error::of_source)?;
         let info = info.ok_or_else(|| held(format!("source stream `{stream}` does not exist")))?;
         self.source_is(info, sent);
         Ok(())
@@ -572,17 +592,21 @@ impl<'a> Feed<'a> {
         // Before the messages that were read, as in a copy.
         self.returned.update();
         let oldest = self.oldest_fed(now);
-        let Some(Served { session, reader, read, is_of_compared, sampler }) = &mut self.session else { return Ok(()) };
-        reader.pull(&mut self.source, &self.job.budget, self.leaf.unwritten() < UNWRITTEN);
-        let subject = session.subject().filter(|_| *is_of_compared).map(str::to_owned);
-        let Some(subject) = subject else { return Ok(()) };
+        let Some(Served { session, leaf, reader, read, is_of_compared, sampler }) = &mut self.session else {
+            return Ok(());
+        };
+        let leaf = self.leaves.leaf(*leaf);
+        reader.pull(&mut self.source, &self.job.budget, leaf.unwritten() < UNWRITTEN);
+        let Some(subject) = session.subject().filter(|_| *is_of_compared).map(str::to_owned) else { return Ok(()) };
         let subject = subject.as_bytes();
         if session.is_settled() {
             self.times.stored = now;
         }
         let (mapping, scope) = (&self.job.replication.mapping, &self.job.replication.scope);
+        let (job, events, splits_at_last, generation) = (self.job, self.events, self.splits_at_last, self.generation);
+        let judging = Judging { job, events, target: &self.target_info, splits_at_last, generation, now };
         let mut waits = false;
-        while !session.is_full() && self.leaf.unwritten() < UNWRITTEN {
+        while !session.is_full() && leaf.unwritten() < UNWRITTEN {
             let Some(incoming) = reader.peek() else { break };
             let (delivery, message, size) = (incoming.delivery, incoming.message, incoming.size());
             let skipped = skipped((message.subject, message.header, delivery.time_ns), oldest, scope, &self.returned);
@@ -592,16 +616,15 @@ impl<'a> Feed<'a> {
             }
             let skipped = skipped.or_else(|| sampled_out(sampler.as_mut(), &incoming));
             let mapped = mapping.apply(message.subject, &mut self.room.0);
-            if skipped.is_none()
-                && let Some(why) = undeliverable(message.header, message.payload, mapped, self.splits_at_last)
-            {
-                if session.is_settled() {
-                    return Err(held(format!("source message {} {why}", delivery.stream_seq)));
-                }
-                // What comes before it is stored first.
-                waits = true;
+            let verdict = match skipped {
+                None => self.refusals.judge(&judging, session.is_settled(), &mut self.source, &incoming, mapped)?,
+                Some(why) => RefusalVerdict::Omit(why),
+            };
+            waits = verdict == RefusalVerdict::Wait;
+            if waits {
                 break;
             }
+            let skipped = verdict.skipped();
             *read = FedPoint { seq: delivery.stream_seq, time_ns: Some(delivery.time_ns) };
             count(&mut self.copy, size, skipped);
             note(sampler.as_mut(), &incoming, skipped, &mut self.copy);
@@ -609,23 +632,20 @@ impl<'a> Feed<'a> {
                 reader.take();
                 continue;
             }
+            self.refusals.gives(&incoming, session.delivered() == 0);
             session.deliver(&delivery, mapped, size, &mut self.reply);
             let header = match self.renames_ids {
                 true => without_ids(message.header, &mut self.room.1),
                 false => message.header,
             };
-            self.leaf.send(subject, &self.reply, header, message.payload);
+            leaf.send(subject, &self.reply, header, message.payload);
             reader.take();
-            if let Some((reply, header)) = session.flow_control(false, now) {
-                self.leaf.send(subject, reply.as_bytes(), header, b"");
-            }
+            send_flow_control(session, leaf, subject, false, now);
         }
-        if (waits || reader.peek().is_none())
-            && let Some((reply, header)) = session.flow_control(true, now)
-        {
-            self.leaf.send(subject, reply.as_bytes(), header, b"");
+        if waits || reader.peek().is_none() {
+            send_flow_control(session, leaf, subject, true, now);
         }
-        reader.pull(&mut self.source, &self.job.budget, self.leaf.unwritten() < UNWRITTEN);
+        reader.pull(&mut self.source, &self.job.budget, leaf.unwritten() < UNWRITTEN);
         Ok(())
     }
 
@@ -653,8 +673,9 @@ impl<'a> Feed<'a> {
                 Ok(None) | Err(_) => self.times.info = self.times.info.min(Instant::now() + ASKED_AGAIN),
             }
         }
+        self.refusals.accept(&batch)?;
         if let Some(served) = &mut self.session {
-            served.reader.accept(batch).map_err(|lost| lost.error.context("source"))?;
+            served.reader.accept(batch).map_err(|lost| Error::of_source(lost.error))?;
         }
         Ok(())
     }
@@ -682,8 +703,9 @@ impl<'a> Feed<'a> {
         match info {
             Ok(Some(info)) => {
                 let fit = target::check(self.kind, &self.job.replication, &info, &self.subjects);
-                let fit = fit.map_err(|error| error.context("target"))?;
+                let fit = fit.map_err(Error::of_target)?;
                 self.target_info = info;
+                self.check_end();
                 if fit == Fit::Lacks {
                     // The next run adds it again, if the stream may be changed.
                     let message = format!("the source was removed from target stream `{name}`");
@@ -699,28 +721,44 @@ impl<'a> Feed<'a> {
         }
     }
 
+    /// A mirror answers flow control also after a message that it refused, and asks for that only when the next one arrives.
+    fn check_end(&mut self) {
+        let Some(Served { session, leaf, .. }) = &self.session else { return };
+        let lacks = self.kind == NativeKind::Mirror && self.target_info.state.last_seq < session.last().seq;
+        if let Some(subject) = session.subject()
+            && lacks
+            && session.is_settled()
+            && session.delivered() > 0
+            && self.settled_at < self.times.asked
+        {
+            self.leaves.leaf(*leaf).send(subject.as_bytes(), b"", &poke(), b"");
+        }
+    }
+
     /// Does the periodic work that is due.
     fn tick(&mut self, now: Instant, positions: &mut PositionWriter) -> Result<(), Error> {
         self.times.tick = now + TICK;
         if now >= self.times.heartbeat {
             self.times.heartbeat = now + HEARTBEAT;
-            if let Some(Served { session, .. }) = &self.session
+            if let Some(Served { session, leaf, .. }) = &self.session
                 && let Some(subject) = session.subject()
             {
-                self.leaf.send(subject.as_bytes(), b"", &session.heartbeat(), b"");
+                self.leaves.leaf(*leaf).send(subject.as_bytes(), b"", &session.heartbeat(), b"");
             }
         }
         if self.kind == NativeKind::Source {
             self.returned.update();
             positions.learns_from_target(self.returned.remembered(&self.target_info.created));
         }
+        self.leaves.join(now);
+        self.refusals.check(&mut self.source, now)?;
         self.check_target(now)?;
         if let Some(Served { reader, .. }) = &mut self.session {
             let checked = match reader.plain() {
                 Some(plain) => plain.check(&self.source, now),
                 None => reader.check(&self.source, now, true),
             };
-            checked.map_err(|error| error.context("source"))?;
+            checked.map_err(Error::of_source)?;
         }
         if now >= self.times.info {
             self.times.info = now + INFO_EVERY;
@@ -739,8 +777,9 @@ impl<'a> Feed<'a> {
             self.times.waits = now;
             if now.duration_since(self.times.stored) > STORES_WITHIN {
                 let message = format!("the target has stored nothing of what was delivered for {STORES_WITHIN:?}");
-                return Err(Error::stalled(message));
+                return Err(Error::stalled(ErrorSide::Target, message));
             }
+            self.ask_after_silence(now);
             return Ok(());
         }
         if self.request.is_some() {
@@ -753,11 +792,9 @@ impl<'a> Feed<'a> {
             }
             return Ok(());
         }
-        if now >= self.times.poke && !self.listens.is_empty() {
+        if now >= self.times.poke && self.leaves.any_listens() {
             self.times.poke = now + POKE_EVERY;
-            for subject in &self.listens {
-                self.leaf.send(subject.as_bytes(), b"", &poke(), b"");
-            }
+            self.leaves.send_to_listened(&poke());
         }
         if waits > STEPDOWN_AFTER && !self.stepped_down && self.target_info.number("num_replicas") > 1 {
             self.stepped_down = true;
@@ -771,6 +808,21 @@ impl<'a> Feed<'a> {
         Ok(())
     }
 
+    /// Makes a target ask again that has everything and does not answer. A slow one stores what it has before it does.
+    fn ask_after_silence(&mut self, now: Instant) {
+        let Some(Served { session, leaf, .. }) = &self.session else { return };
+        let is_silent = !session.is_settled() && now.duration_since(self.times.stored) > ANSWERS_WITHIN;
+        let leaf = self.leaves.leaf(*leaf);
+        if let Some(subject) = session.subject()
+            && is_silent
+            && leaf.unwritten() == 0
+            && now >= self.times.poke
+        {
+            self.times.poke = now + ANSWERS_WITHIN;
+            leaf.send(subject.as_bytes(), b"", &poke(), b"");
+        }
+    }
+
     /// Whether a login of one of the connections is about to end, and the files have a newer one.
     fn has_newer_login(&mut self, now: Instant) -> bool {
         let Replication { source, target, native, .. } = &self.job.replication;
@@ -778,7 +830,7 @@ impl<'a> Feed<'a> {
         let sides = [
             (self.source.login_expires(), &source.place),
             (self.target.login_expires(), &target.place),
-            (self.leaf.login_expires(), leaf),
+            (self.leaves.login_expires(), leaf),
         ];
         self.logins.has_newer(&*self.job.dial, &sides, now)
     }
@@ -795,6 +847,7 @@ impl<'a> Feed<'a> {
         self.asked.0 = Some((self.source.send_request(&subject, b""), now));
         let subject = info(&self.target, &replication.target.stream);
         self.asked.1 = Some(self.target.send_request(&subject, b""));
+        self.times.asked = now;
     }
 
     fn saved(&mut self, result: Result<(), SaveError>) -> Result<(), Error> {
@@ -808,6 +861,13 @@ impl<'a> Feed<'a> {
             }
             Ok(()) => Ok(()),
         }
+    }
+}
+
+/// Sends the flow control message that is due, see [`FeedSession::flow_control`].
+fn send_flow_control(session: &mut FeedSession, leaf: &mut Leaf, subject: &[u8], is_dry: bool, now: Instant) {
+    if let Some((reply, header)) = session.flow_control(is_dry, now) {
+        leaf.send(subject, reply.as_bytes(), header, b"");
     }
 }
 

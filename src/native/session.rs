@@ -31,6 +31,8 @@ struct FeedPart {
     amount: Amount,
     first: FedPoint,
     last: FedPoint,
+    /// How many messages of the consumer were delivered with it.
+    delivered: u64,
 }
 
 /// A consumer of a mirror.
@@ -163,16 +165,22 @@ impl FeedSession {
         }
         self.window.sent(self.parts.len(), now);
         let number = self.first + self.parts.len() as u64;
+        self.open.delivered = self.delivered;
         self.parts.push_back(std::mem::take(&mut self.open));
         Some((format!("{}{number}", self.flow), FLOW_CONTROL))
     }
 
     /// Takes the answer to a flow control message: what was stored since the one before, and its last message. `None` if it
-    /// is none of this consumer's, or old.
-    pub fn answered(&mut self, subject: &[u8], now: Instant) -> Option<(Amount, FedPoint)> {
+    /// is none of this consumer's, or old, or if its header says that the target has dropped some of them: servers from 2.14 on say
+    /// how many they have taken.
+    pub fn answered(&mut self, subject: &[u8], header: &[u8], now: Instant) -> Option<(Amount, FedPoint)> {
         let answered = number(subject.strip_prefix(self.flow.as_bytes())?)?;
         let count =
             (answered + 1).checked_sub(self.first).filter(|count| (1..=self.parts.len() as u64).contains(count))?;
+        let taken = headers::last(header, b"Nats-Last-Consumer").and_then(number);
+        if taken.is_some_and(|taken| taken < self.parts[count as usize - 1].delivered) {
+            return None;
+        }
         let (mut amount, mut last) = (Amount::default(), FedPoint::default());
         for part in self.parts.drain(..count as usize) {
             amount.add(part.amount);
@@ -266,18 +274,23 @@ mod tests {
         assert_eq!(session.oldest().map(|oldest| oldest.seq), Some(11));
         assert_eq!(asked, ["F.C.1", "F.C.2", "F.C.3", "F.C.4"]);
         assert_eq!(session.in_flight(), Amount { messages: 8, bytes: 800, payload: 720 });
-        assert_eq!(session.answered(b"F.X.1", now), None);
-        assert_eq!(session.answered(b"F.C.5", now), None);
-        let (amount, last) = session.answered(b"F.C.2", now).unwrap();
+        assert_eq!(session.answered(b"F.X.1", b"", now), None);
+        assert_eq!(session.answered(b"F.C.5", b"", now), None);
+        let (amount, last) = session.answered(b"F.C.2", b"", now).unwrap();
         assert_eq!((amount.messages, last.seq), (4, 14));
         assert_eq!(session.oldest().map(|oldest| oldest.seq), Some(15));
-        assert_eq!(session.answered(b"F.C.1", now), None, "an old answer");
+        assert_eq!(session.answered(b"F.C.1", b"", now), None, "an old answer");
         assert!(!session.is_full());
-        let (amount, last) = session.answered(b"F.C.4", now).unwrap();
+        let (amount, last) = session.answered(b"F.C.4", b"", now).unwrap();
         assert_eq!((amount.messages, last.seq), (4, 18));
         assert!(session.is_settled() && session.oldest().is_none());
         deliver(&mut session, 19);
-        assert_eq!(session.oldest().map(|oldest| oldest.seq), Some(19));
+        assert!(session.flow_control(true, now).is_some());
+        let header = |taken: u64| format!("NATS/1.0\r\nNats-Last-Consumer: {taken}\r\n\r\n").into_bytes();
+        assert_eq!(session.answered(b"F.C.5", &header(8), now), None, "the ninth was dropped");
+        assert!(session.answered(b"F.C.5", &header(9), now).is_some());
+        deliver(&mut session, 20);
+        assert_eq!(session.oldest().map(|oldest| oldest.seq), Some(20));
     }
 
     #[test]
@@ -299,9 +312,9 @@ mod tests {
         assert!(session.flow_control(true, now).is_some());
         deliver(&mut session, 12);
         assert!(session.flow_control(true, now).is_none(), "one is on its way");
-        session.answered(b"F.C.1", now).unwrap();
+        session.answered(b"F.C.1", b"", now).unwrap();
         assert!(session.flow_control(true, now).is_some());
-        assert_eq!(session.answered(b"F.C.2", now).unwrap().1.seq, 12);
+        assert_eq!(session.answered(b"F.C.2", b"", now).unwrap().1.seq, 12);
     }
 
     #[test]

@@ -764,6 +764,15 @@ impl Pair<'_> {
         let name = |facts: &SideFacts| facts.connect.got().map(|info| info.server_name.clone()).unwrap_or_default();
         let (source, target) = (name(self.source), name(self.target));
         let stream = &self.replication.source.stream;
+        let mirror = self.source.stream.there().filter(|_| self.replication.loop_protection.is_some());
+        if let Some(feed) = mirror.and_then(|info| loops::mirrored(self.replication, info, known, self.owner.site)) {
+            let text = format!(
+                "closes a replication loop: source stream `{stream}` is a mirror that replication `{feed}` feeds from target stream \
+                 `{}`, where everything in it would be stored a second time: feed it with kind `source`, or promote it before",
+                self.replication.target.stream
+            );
+            return Some((CheckOutcome::Failed, text));
+        }
         let Some(way) = loops::find(self.replication, (&source, &target), self.flow, known) else {
             let Returned { seq, site, name, from } = self.returned.as_ref()?;
             let text = format!(

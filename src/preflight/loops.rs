@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 
-use nats_lane::ServerRef;
+use nats_lane::{ServerRef, jetstream::StreamInfo};
 
 use super::{OtherReplication, subjects::Flow};
-use crate::config::{OriginTag, Replication, Side};
+use crate::config::{FeedSubjects, NativeKind, OriginTag, Replication, Side};
 
 /// A stream somewhere.
 #[derive(Clone, Copy)]
@@ -100,23 +100,44 @@ pub(super) fn unprotected(
 /// What is to be changed so that one replication recognises what the `next` one copied from its target.
 fn what_helps(one: &Replication, next: &Replication, site: &str) -> Option<String> {
     let (id, next_id) = (&one.id, &next.id);
-    if let Some(feed) = &next.native {
-        return Some(format!("replication `{next_id}` is of kind `{}`, which marks no copies", feed.kind));
+    let feeds = next.native.as_ref().map(|native| native.kind);
+    if feeds == Some(NativeKind::Mirror) {
+        return Some(format!("replication `{next_id}` is of kind `mirror`, which marks no copies"));
     }
     let Some(protection) = &one.loop_protection else {
         return Some(format!("`loop_protection` is false for replication `{id}`"));
     };
-    let is_named = |tag: &OriginTag| protection.target_origin.iter().any(|origin| origin.includes(tag));
+    let is_named = |tag: &OriginTag| {
+        let fed = || protection.target_origin.iter().flat_map(OriginTag::as_fed).any(|origin| origin == *tag);
+        protection.target_origin.iter().any(|origin| origin.includes(tag)) || fed()
+    };
+    let name = if feeds.is_some() { next_id } else { &next.name };
     let place = |side| StreamPlace { side, server: "" };
     let (target, source) = (place(&one.target), place(&next.source));
     let is_known = target.same_server(&source) && target.same_login(&source);
     (!is_known && !next.origin_tags(site).iter().all(is_named)).then(|| {
         format!(
             "replication `{id}` writes to the stream that `{next_id}` reads, under another address or login: add \
-             `{site} {}` to its `target_origin`",
-            next.name
+             `{site} {name}` to its `target_origin`"
         )
     })
+}
+
+/// The id of the replication that feeds the source stream as a mirror of the target stream.
+pub(super) fn mirrored(
+    replication: &Replication,
+    source: &StreamInfo,
+    known: &[OtherReplication],
+    site: &str,
+) -> Option<String> {
+    let api = source.config["mirror"]["external"]["api"].as_str()?;
+    let feeds = |other: &&OtherReplication| {
+        let Replication { id, source, .. } = &other.replication;
+        let is_target =
+            source.stream == replication.target.stream && same_address(&source.place, &replication.target.place);
+        is_target && FeedSubjects::of(site, id).api() == api
+    };
+    known.iter().find(feeds).map(|other| other.replication.id.clone())
 }
 
 /// The ids of the others that write to the same target stream with the same login. `server` is the name of the server

@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     allow::AllowList,
-    config::{NativeFeed, NativeKind, Replication},
+    config::{NativeFeed, Replication},
     copy::{
         source::clock,
         target::{mark, stream},
@@ -140,7 +140,7 @@ fn judge_target(
             Some(Some(Ok(Fit::Lacks))) => Some(call("STREAM.UPDATE")),
             _ => None,
         };
-        let reads = (native.kind == NativeKind::Mirror).then(|| call("STREAM.MSG.GET"));
+        let reads = Some(call("STREAM.MSG.GET"));
         let consumers = CONSUMER_CALLS.into_iter().filter(|_| !replication.consumers.is_empty());
         let consumers = consumers.map(|what| match what {
             "CONSUMER.LIST" => call(what),

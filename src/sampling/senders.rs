@@ -911,7 +911,7 @@ mod tests {
     }
 
     #[test]
-    fn the_record_of_a_forgotten_sender_stays_until_the_position_is_saved() {
+    fn a_forgotten_record_stays_until_the_position_is_saved() {
         let mut senders = Senders::new("NODES", &sampling(false));
         senders.begin(0, None, false);
         take(&mut senders, sight(1, 0.0, "a"));
@@ -930,7 +930,7 @@ mod tests {
     }
 
     #[test]
-    fn a_replayed_message_counts_as_read_when_its_sender_is_forgotten() {
+    fn a_replayed_message_counts_as_read() {
         let mut before = Senders::new("NODES", &sampling(false));
         before.begin(0, None, false);
         take(&mut before, sight(1, 0.0, "a"));

@@ -11,7 +11,7 @@ use tokio::sync::watch;
 
 use crate::{
     allow::AllowList,
-    config::{NativeKind, OriginTag, Replication, Side},
+    config::{FeedSubjects, NativeKind, OriginTag, Replication, Side},
     copy::{KnownOrigins, WaysBack},
     store::ConfigEntry,
 };
@@ -38,7 +38,7 @@ pub struct KnownSides {
     pub target: Side,
     /// As what a native feed fills the target; `None` for a copy.
     pub native: Option<NativeKind>,
-    /// What its copies carry; empty for a native feed, which adds nothing.
+    /// What its copies carry; empty for a mirror.
     tags: Vec<OriginTag>,
     /// The document as it runs.
     pub replication: Arc<Replication>,
@@ -82,7 +82,7 @@ impl KnownStreams {
             return self.remove(&replication.id);
         }
         let native = replication.native.as_ref().map(|native| native.kind);
-        let tags = if native.is_some() { Vec::new() } else { replication.origin_tags(&self.site) };
+        let tags = replication.origin_tags(&self.site);
         let replication = Arc::new(replication);
         let Replication { id, source, target, .. } = &*replication;
         let (id, source, target) = (id.clone(), source.clone(), target.clone());
@@ -138,8 +138,11 @@ impl KnownStreams {
     /// What copies of streams of the target's name carry.
     fn origins(&self, id: &str, target: &Side) -> KnownOrigins {
         let mut origins = KnownOrigins::default();
-        for (_, sides) in self.others(id, |sides| sides.source.stream == target.stream) {
+        for (id, sides) in self.others(id, |sides| sides.source.stream == target.stream) {
             match self.compare(target, &sides.source) {
+                Comparison::Same if sides.native == Some(NativeKind::Mirror) => {
+                    origins.mirrors.push(FeedSubjects::of(&self.site, &id).api());
+                }
                 Comparison::Same => origins.target.extend(sides.tags),
                 Comparison::Other => origins.others.extend(sides.tags),
                 Comparison::Unknown => {}
@@ -239,10 +242,16 @@ mod tests {
                     stream: "T".to_owned(),
                     site: "SITE".to_owned(),
                     name: Some((*name).to_owned()),
+                    fed: None,
                 };
                 names.iter().map(tag).collect()
             };
-            let expect = KnownOrigins { target: tags(target), others: tags(others) };
+            let mut expect = KnownOrigins { target: tags(target), others: tags(others), mirrors: Vec::new() };
+            match other["kind"].as_str() {
+                Some("mirror") => expect.mirrors.push(FeedSubjects::of("SITE", "T.back").api()),
+                Some(_) => expect.target.push(OriginTag::fed("T", "SITE", "T.back")),
+                None => {}
+            }
             assert_eq!(known_streams.origins("S.own", &replication.target), expect, "{back:?}");
             known_streams.remove("T.back");
             assert_eq!(known_streams.origins("S.own", &replication.target), KnownOrigins::default());
@@ -254,9 +263,10 @@ mod tests {
         check(json!({"source_domain": "hub"}), &[], &["back"]);
         // Another login may be another account, or not.
         check(json!({"source_url": "u:p@b"}), &[], &[]);
-        // A native feed marks no copies.
-        let mirror = json!({"kind": "mirror", "target_leaf_url": "nats-leaf://a"});
-        check(mirror, &[], &[]);
+        // Messages that the target's server took itself have its own mark, those of a mirror have none.
+        for kind in ["mirror", "source"] {
+            check(json!({"kind": kind, "target_leaf_url": "nats-leaf://a"}), &[], &[]);
+        }
     }
 
     #[test]

@@ -204,7 +204,9 @@ impl Fingerprints {
         self.room.clear();
         self.room.extend_from_slice(version(block));
         for line in headers::lines(block) {
-            let dropped: [&[u8]; 3] = [b"Nats-Expected-", b"Nats-Batch-", b"Nats-Stream-Source:"];
+            // The feed renames that of an earlier hop.
+            let dropped: [&[u8]; 4] =
+                [b"Nats-Expected-", b"Nats-Batch-", b"Nats-Stream-Source:", b"Choria-SR-Nats-Stream-Source:"];
             if dropped.iter().any(|name| line.starts_with(name)) {
                 continue;
             }

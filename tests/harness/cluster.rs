@@ -60,12 +60,22 @@ impl Cluster {
 
     /// Three target servers with a leafnode port each, and the `target_leaf_url` that names them.
     pub async fn with_leafnode_ports() -> Result<(Self, String)> {
+        Self::with_leafnode_ports_of(None).await
+    }
+
+    /// The same with servers of a version.
+    pub async fn with_leafnode_ports_of(version: Option<&str>) -> Result<(Self, String)> {
         let hosts = Mutex::new(Vec::new());
         let cluster = Self::start_with(Role::Target, |server| {
             let host = format!("127.0.0.1:{}", free_port().expect("a port"));
-            let config = format!("leafnodes {{ listen: \"{host}\", no_advertise: true }}");
+            // They advertise each other: a feed goes to those that its document names.
+            let config = format!("leafnodes {{ listen: \"{host}\" }}\nhttp: \"127.0.0.1:-1\"");
             hosts.lock().expect("hosts").push(host);
-            server.config(&config)
+            let server = server.config(&config);
+            match version {
+                Some(version) => server.version(version),
+                None => server,
+            }
         });
         let cluster = cluster.await?;
         // Those of an attempt that failed are before those of the cluster.

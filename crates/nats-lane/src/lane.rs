@@ -25,7 +25,7 @@ use tokio_util::io::poll_read_buf;
 
 pub use self::batch::{Batch, Message};
 pub(crate) use self::connect::{NEXT_ADDRESS, race};
-use self::leafnode::{Interest, Leaf, LeafLogin};
+use self::leafnode::{Interest, Leaf, LeafLogin, LeafServer};
 use crate::{
     Connection, Error, ServerRef,
     auth::inbox_prefix,
@@ -59,6 +59,16 @@ pub trait Dial: fmt::Debug + Send + Sync {
     /// is an error that is not retried.
     fn dial_leaf<'a>(&'a self, _server: &'a ServerRef, _login: &'a LeafLogin) -> BoxFuture<'a, Result<Leaf, Error>> {
         Box::pin(async { Err(Error::hold("there are no leafnode connections here")) })
+    }
+
+    /// The same with another server than these, see [`Leaf::connect_other`]. Without an implementation of its own there is none.
+    fn dial_other_leaf<'a>(
+        &'a self,
+        _server: &'a ServerRef,
+        _login: &'a LeafLogin,
+        _connected: &'a [LeafServer],
+    ) -> BoxFuture<'a, Result<Option<Leaf>, Error>> {
+        Box::pin(async { Ok(None) })
     }
 
     /// When a login with the credentials of now would end, in seconds since the Unix epoch; `None` for never.

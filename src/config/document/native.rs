@@ -10,9 +10,7 @@ use crate::config::{NativeFeed, NativeKind, Problem};
 const LEAF: &str = "target_leaf";
 
 /// Fields that say what a native feed does not do: the target's server stores what it is given.
-const NOT_FED: [(&str, &str); 4] = [
-    ("on_reject", "the target's server stores the messages, and one that it refuses blocks the stream"),
-    ("dead_letter", "the target's server stores the messages, and one that it refuses blocks the stream"),
+const NOT_FED: [(&str, &str); 2] = [
     ("ordering", "the order is always that of the source"),
     ("leader_election_name", "Choria's replicator feeds no streams"),
 ];
@@ -88,8 +86,8 @@ impl Checker {
 
     fn not_fed(&mut self, kind: NativeKind, document: &Document) {
         let Ok(Value::Object(written)) = serde_json::to_value(document) else { return };
-        let is_default = |field: &str, value: &Value| match value {
-            Value::String(text) => text.is_empty() || (field == "on_reject" && text == "hold"),
+        let is_default = |value: &Value| match value {
+            Value::String(text) => text.is_empty(),
             Value::Number(number) => number.as_i64() == Some(0),
             Value::Bool(flag) => !flag,
             Value::Object(fields) => fields.is_empty(),
@@ -101,7 +99,7 @@ impl Checker {
             NativeKind::Source => &NOT_A_SOURCES,
         };
         for (field, why) in NOT_FED.iter().chain(of_kind) {
-            if written.get(*field).is_some_and(|value| !is_default(field, value)) {
+            if written.get(*field).is_some_and(|value| !is_default(value)) {
                 self.problem(field, format!("`{field}` is not for kind `{kind}`: {why}"));
             }
         }
@@ -154,8 +152,6 @@ mod tests {
     #[test]
     fn what_a_feed_does_not_do_is_refused() {
         for (field, value) in [
-            ("on_reject", json!("skip")),
-            ("dead_letter", json!({"subject": "a"})),
             ("ordering", json!("strict")),
             ("on_source_loss", json!("follow")),
             ("target_mode", json!("shared")),

@@ -279,6 +279,11 @@ impl PositionWriter {
         Ok(())
     }
 
+    /// Whether the record says how the target got its messages.
+    pub(crate) fn knows_kind(&self) -> bool {
+        self.record.fed.is_some() || self.record.stamps.is_some()
+    }
+
     /// Notes, before anything is stored, whether the target is fed natively. An error if it holds messages that it got in
     /// another way: a copy finds its own messages by headers that fed ones lack, and a target that asks for messages does
     /// not know of copies.
@@ -616,7 +621,7 @@ fn is_same_loss(told: &Event, loss: &Event) -> bool {
 }
 
 /// The reason of the `held` state where the target got its messages as another kind.
-fn another_kind(before: Option<NativeKind>, now: Option<NativeKind>, target: &str) -> String {
+pub(crate) fn another_kind(before: Option<NativeKind>, now: Option<NativeKind>, target: &str) -> String {
     let word = |kind: Option<NativeKind>| kind.map_or_else(|| "copy".to_owned(), |kind| kind.to_string());
     let (before, now) = (word(before), word(now));
     format!(

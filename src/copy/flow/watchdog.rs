@@ -589,7 +589,7 @@ mod tests {
 
     #[test]
     fn runs_that_stall_again_and_again_begin_everything_anew() {
-        let stalled = Error::stalled("nothing moved");
+        let stalled = Error::stalled(crate::copy::ErrorSide::Source, "nothing moved");
         let refused = Error::new(ErrorKind::Retry, "connection refused");
         let mut escalation = Escalation::default();
         let mut steps = |errors: &[&Error]| -> Vec<Step> { errors.iter().map(|e| escalation.failed(e)).collect() };

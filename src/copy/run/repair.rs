@@ -11,7 +11,7 @@ use super::{Ending, Run, upkeep::TICK};
 use crate::{
     config::Replication,
     copy::{
-        Error, ErrorKind,
+        Error, ErrorKind, ErrorSide,
         flow::{
             throttle,
             watchdog::{Consumer, Observation, Reporting, WatchdogAction},
@@ -112,7 +112,7 @@ impl Run<'_> {
         source.renewal = None;
         let made = made.map_err(|error| {
             let stream = &replication.source.stream;
-            Error::stalled(format!("the consumer of stream `{stream}` was not recreated: {error}"))
+            Error::stalled(ErrorSide::Source, format!("the consumer of stream `{stream}` was not recreated: {error}"))
         })?;
         source.reader = Intake::Plain(Box::new(made));
         source.watchdog.renewed(Instant::now());
@@ -126,7 +126,7 @@ impl Run<'_> {
         match action {
             WatchdogAction::Ask => self.source.ask_consumer(&self.report.replication.source.stream),
             WatchdogAction::Renew { reason, reporting } => self.renew(&reason, reporting)?,
-            WatchdogAction::GiveUp { reason } => return Err(Error::stalled(reason)),
+            WatchdogAction::GiveUp { reason } => return Err(Error::stalled(ErrorSide::Source, reason)),
             WatchdogAction::Repaired => {
                 let position = self.bounds.window.position().seq;
                 info!(replication = self.report.replication.id, position, "repaired");
@@ -142,7 +142,7 @@ impl Run<'_> {
         let Self { report, source, bounds, times, .. } = self;
         let Replication { id, scope, source: of, .. } = &*report.replication;
         let message = format!("recreating the consumer of stream `{}`: {reason}", of.stream);
-        let Some(reader) = source.reader.plain_mut() else { return Err(Error::stalled(message)) };
+        let Some(reader) = source.reader.plain_mut() else { return Err(Error::stalled(ErrorSide::Source, message)) };
         source.consumer_request = None;
         let deletion = reader.abandon(&mut source.lane);
         let (behind, name) = (bounds.window.newest(), source.names.next());

@@ -86,7 +86,7 @@ impl Place {
 pub async fn locate(dial: &dyn Dial, replication: &Replication, consumers: &str, at: At) -> Result<Located, Error> {
     let name = format!("{} {}", names::PROGRAM, replication.id);
     let connected = dial.dial(&replication.source.place, &name).await;
-    let mut lane = connected.map_err(|error| error.context("source"))?;
+    let mut lane = connected.map_err(Error::of_source)?;
     let stream = &replication.source.stream;
     let sent = Instant::now();
     let info = Api::new(&mut lane).stream_info(stream).await?;

@@ -27,7 +27,7 @@ use tokio::time::{Duration, Instant};
 use crate::{
     config::Limits,
     copy::{
-        Error as RunError,
+        Error as RunError, ErrorSide,
         flow::window::{Token, Window},
         target::{
             frame::digits,
@@ -329,7 +329,10 @@ impl Batches {
             Some(OpenBatch { committing: Some(at), last_ack, .. })
                 if now.duration_since(drained.max(*last_ack).max(*at)) > COMMIT_WAIT =>
             {
-                Err(RunError::stalled(format!("the target has not confirmed the end of a batch for {COMMIT_WAIT:?}")))
+                Err(RunError::stalled(
+                    ErrorSide::Target,
+                    format!("the target has not confirmed the end of a batch for {COMMIT_WAIT:?}"),
+                ))
             }
             _ => Ok(()),
         }

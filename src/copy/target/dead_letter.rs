@@ -36,7 +36,7 @@ const ERROR_MAX: usize = 1024;
 
 /// Dead letters of one run.
 #[derive(Debug)]
-pub(in crate::copy) struct DeadLetters {
+pub(crate) struct DeadLetters {
     subject: String,
     tag: Tag,
     /// The source stream, which must not store them.
@@ -54,7 +54,7 @@ pub(in crate::copy) struct DeadLetters {
 
 /// One dead letter.
 #[derive(Debug)]
-pub(in crate::copy) struct Letter {
+pub(crate) struct Letter {
     /// Sequence and time of the message at the source.
     pub source: SourcePoint,
     /// Its subject, shortened.

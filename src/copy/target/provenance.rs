@@ -2,7 +2,7 @@
 //! (Choria's header). Every hop adds one value; the last one is the newest.
 
 use memchr::memmem;
-use nats_lane::{headers, parser::number};
+use nats_lane::{Error, Lane, headers, jetstream::Api, parser::number};
 
 use crate::{
     config::{Former, OriginTag},
@@ -44,7 +44,7 @@ pub struct MessageOrigin {
 impl OtherSiteCopy {
     /// What it carries, as a copy of this stream.
     pub fn tag(&self, stream: &str) -> OriginTag {
-        OriginTag { stream: stream.to_owned(), site: self.site.clone(), name: Some(self.name.clone()) }
+        OriginTag { stream: stream.to_owned(), site: self.site.clone(), name: Some(self.name.clone()), fed: None }
     }
 }
 
@@ -158,11 +158,47 @@ pub(crate) fn hops_from(header: &[u8], stream: &str) -> Vec<OtherSiteCopy> {
     hops.map(OtherSiteCopy::from).collect()
 }
 
+/// How many of the last messages of a target are read to see how it got them.
+const LAST: usize = 16;
+
+/// Whether one of the last messages of a stream has a header like that: a deleted replication leaves its messages behind, and
+/// no record that says how the target got them.
+pub(crate) async fn at_end(lane: &mut Lane, stream: &str, end: u64, is: impl Fn(&[u8]) -> bool) -> Result<bool, Error> {
+    for seq in (1..=end).rev().take(LAST) {
+        if let Some(message) = Api::new(lane).message(stream, seq).await?
+            && is(&message.header)
+        {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
 /// Whether any hop of a message is one of these.
 pub(crate) fn came_from(header: &[u8], origins: &[OriginTag]) -> bool {
-    !origins.is_empty()
-        && memmem::find(header, names::SOURCE_HEADER.as_bytes()).is_some()
-        && values(header).filter_map(Hop::parse).any(|hop| origins.iter().any(|origin| hop.is(origin)))
+    let copied = || {
+        memmem::find(header, names::SOURCE_HEADER.as_bytes()).is_some()
+            && values(header).filter_map(Hop::parse).any(|hop| origins.iter().any(|origin| hop.is(origin)))
+    };
+    !origins.is_empty() && (was_fed(header, origins) || copied())
+}
+
+/// Whether a target of kind `source` took a message over one of these feeds, at this hop or an earlier one: a copy and a feed
+/// keep the server's header under another name.
+fn was_fed(header: &[u8], origins: &[OriginTag]) -> bool {
+    let is_of = |value: &[u8], fed: &str| {
+        let index = value.split(|byte| *byte == b' ').next().unwrap_or_default();
+        // A durable consumer adds a part of its own.
+        index.strip_prefix(fed.as_bytes()).is_some_and(|rest| rest.is_empty() || rest.starts_with(b":"))
+    };
+    let feeds = || origins.iter().filter_map(|origin| origin.fed.as_deref());
+    feeds().next().is_some()
+        && memmem::find(header, names::STREAM_SOURCE_HEADER.as_bytes()).is_some()
+        && headers::lines(header).any(|line| {
+            let line = line.strip_prefix(names::RENAMED.as_bytes()).unwrap_or(line);
+            let value = headers::value_of(line, names::STREAM_SOURCE_HEADER.as_bytes());
+            value.is_some_and(|value| feeds().any(|fed| is_of(value, fed)))
+        })
 }
 
 /// All values of the header, in their order.
@@ -187,7 +223,8 @@ impl From<Hop<'_>> for OtherSiteCopy {
 
 impl<'a> Hop<'a> {
     fn is(&self, origin: &OriginTag) -> bool {
-        self.stream == origin.stream.as_bytes()
+        origin.fed.is_none()
+            && self.stream == origin.stream.as_bytes()
             && self.site == origin.site.as_bytes()
             && origin.name.as_ref().is_none_or(|name| self.name == name.as_bytes())
     }
@@ -282,7 +319,7 @@ mod tests {
     fn any_hop_from_a_stream_counts() {
         let block = b"NATS/1.0\r\nChoria-SR-Source: A 7 EU one 5\r\nX: y\r\nChoria-SR-Source: B 3 US two 6\r\n\r\n";
         let check = |stream: &str, site: &str, name: Option<&str>, expect: bool| {
-            let tag = OriginTag { stream: stream.into(), site: site.into(), name: name.map(str::to_owned) };
+            let tag = OriginTag { stream: stream.into(), site: site.into(), name: name.map(str::to_owned), fed: None };
             assert_eq!(came_from(block, &[tag]), expect, "{stream} {site} {name:?}");
         };
         check("A", "EU", Some("one"), true);

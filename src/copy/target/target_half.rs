@@ -9,7 +9,7 @@ use tokio::time::Instant;
 use crate::{
     config::{Mapping, Replication},
     copy::{
-        Error,
+        Error, ErrorSide,
         flow::window::{SourcePoint, Window},
         objects::Gate,
         resume::{Already, KnownCopy},
@@ -116,7 +116,7 @@ impl TargetHalf {
                 self.probe_request = Some(self.lane.send_request(&subject, b""));
                 Ok(())
             }
-            LivenessStep::Lost(why) => Err(Error::stalled(why)),
+            LivenessStep::Lost(why) => Err(Error::stalled(ErrorSide::Target, why)),
         }
     }
 
@@ -129,7 +129,7 @@ impl TargetHalf {
         // An error means that the stream has no leader, or is deleted: the next run will report it.
         let Ok(info) = decode::<StreamInfo>(message.payload) else { return Ok(()) };
         let leader = info.cluster.unwrap_or_default().leader;
-        self.probe.answered(&leader).map_err(Error::stalled)
+        self.probe.answered(&leader).map_err(|why| Error::stalled(ErrorSide::Target, why))
     }
 }
 

@@ -18,15 +18,21 @@ pub(super) enum NotFed {
     Loop,
     /// Its sender was copied recently.
     Sampled,
+    /// The target refuses it.
+    Refused,
+    /// The same, and it is stored as a dead letter.
+    DeadLettered,
 }
 
 impl NotFed {
-    fn counter(self, counters: &mut Counters) -> &mut u64 {
+    pub fn counter(self, counters: &mut Counters) -> &mut u64 {
         match self {
             Self::Old => &mut counters.skipped_old,
             Self::Excluded => &mut counters.skipped_filtered,
             Self::Loop => &mut counters.skipped_loop,
             Self::Sampled => &mut counters.skipped_sampled,
+            Self::Refused => &mut counters.skipped_refused,
+            Self::DeadLettered => &mut counters.dead_lettered,
         }
     }
 }
@@ -55,6 +61,9 @@ pub(super) fn count(copy: &mut CopyStatus, size: MessageSize, skipped: Option<No
     copy.metered.received_payload += size.payload as u64;
     if let Some(skipped) = skipped {
         *skipped.counter(counters) += 1;
+        if skipped == NotFed::DeadLettered {
+            return;
+        }
         counters.skipped_bytes += size.bytes as u64;
         copy.metered.skipped_payload += size.payload as u64;
     }

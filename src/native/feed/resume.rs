@@ -23,7 +23,7 @@ impl Feed<'_> {
             return Ok(Some(asked));
         }
         let stream = &self.job.replication.target.stream;
-        let info = Api::new(&mut self.target).stream_info(stream).await.map_err(|error| error.context("target"))?;
+        let info = Api::new(&mut self.target).stream_info(stream).await.map_err(Error::of_target)?;
         let Some(info) = info else { return Ok(None) };
         let Some((last, deliver)) = target::durable_state(self.kind, &info, &self.subjects) else { return Ok(None) };
         let prefix = format!("{}.", self.subjects.deliver());
@@ -115,10 +115,10 @@ impl Feed<'_> {
             // There it has another sequence and another stored time.
             NativeKind::Source => Ok(None),
         };
-        let known = target.map_err(|error| error.context("target"))?.map(point).or(saved);
+        let known = target.map_err(Error::of_target)?.map(point).or(saved);
         let at = known.map_or(last, |known| known.seq);
         let source = Api::new(&mut self.source).message_from(&replication.source.stream, at).await;
-        let source = source.map_err(|error| error.context("source"))?.map(point);
+        let source = source.map_err(Error::of_source)?.map(point);
         let source_last = self.source_info.state.last_seq;
         if let Some(why) = witness::objection(&Evidence { last, source_last, known, source }) {
             return Err(held(self.another_source(&why)));
@@ -127,7 +127,7 @@ impl Feed<'_> {
         if found.is_none() {
             // The next comparison is with this one.
             let read = Api::new(&mut self.source).message_from(&replication.source.stream, last).await;
-            found = read.map_err(|error| error.context("source"))?.map(point).filter(|point| point.seq == last);
+            found = read.map_err(Error::of_source)?.map(point).filter(|point| point.seq == last);
         }
         Ok(FedPoint { seq: last, time_ns: found.and_then(|point| point.time_ns) })
     }

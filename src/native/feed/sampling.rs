@@ -96,7 +96,9 @@ pub(super) fn note(
     let (Some(sampler), Some(status)) = (sampler, &mut copy.sampling) else { return };
     match skipped {
         None => sampler.took(incoming, MessageOutcome::Sent, status),
-        Some(NotFed::Sampled) => sampler.took(incoming, MessageOutcome::Passed, status),
+        Some(NotFed::Sampled | NotFed::Refused | NotFed::DeadLettered) => {
+            sampler.took(incoming, MessageOutcome::Passed, status)
+        }
         Some(NotFed::Old) => sampler.passed_over(),
         Some(NotFed::Excluded | NotFed::Loop) => {}
     }

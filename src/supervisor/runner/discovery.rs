@@ -53,13 +53,13 @@ async fn follow(
 ) -> Result<(), Error> {
     let name = format!("{} {}", names::PROGRAM, context.id);
     let connected = context.deps.rules.dial(&replication.source.place, &name).await;
-    let mut lane = connected.map_err(|error| error.context("source"))?;
+    let mut lane = connected.map_err(Error::of_source)?;
     let one_account = context.known_streams.is_one_account(replication);
     let mut missing = BTreeSet::new();
     loop {
         let listed = timeout(LIMIT, Api::new(&mut lane).all_stream_names()).await;
-        let timed_out = |_| Error::new(ErrorKind::Retry, format!("source: no list of the streams for {LIMIT:?}"));
-        let listed = listed.map_err(timed_out)?.map_err(|error| error.context("source"))?;
+        let timed_out = |_| Error::of_source(nats_lane::Error::retry(format!("no list of the streams for {LIMIT:?}")));
+        let listed = listed.map_err(timed_out)?.map_err(Error::of_source)?;
         let others = listed.into_iter().filter(|stream| !context.deps.own_streams.has_name(stream));
         let found = patterns.select(others, one_account);
         if found.len() > MOST {

@@ -10,7 +10,7 @@ use tracing::{debug, error, warn};
 use super::{CatchUp, CopyRunner, release::clear_release};
 use crate::{
     config::Replication,
-    copy::{self, Error, ErrorKind, PositionWriter},
+    copy::{self, Error, ErrorKind, ErrorSide, PositionWriter},
     events::{Event, Step},
     status::State,
     supervisor::{
@@ -130,8 +130,10 @@ impl CopyRunner {
 
 /// The server that an error is about, without secrets.
 fn server_of(error: &Error, replication: &Replication) -> Option<String> {
-    let sides = [("source", &replication.source), ("target", &replication.target)];
-    let (_, side) = sides.into_iter().find(|(name, _)| error.is_of(name))?;
+    let side = match error.side? {
+        ErrorSide::Source => &replication.source,
+        ErrorSide::Target => &replication.target,
+    };
     Some(match &side.place {
         ServerRef::Known(connection) => {
             connection.endpoint.hosts.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")

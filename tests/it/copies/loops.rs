@@ -8,6 +8,7 @@ use serde_json::{Value, json};
 use crate::harness::client::status;
 use crate::harness::site::merged;
 use crate::harness::{LIMIT, Outgoing, Raw, Role, Server, Service, Site, request, wait_for, wait_while_moving};
+use crate::wire::mirror::begin_as;
 
 const STREAM: &str = "ORDERS";
 
@@ -123,6 +124,102 @@ async fn publish_more(site: &Site, all: &[(&str, u64)]) -> Result<()> {
     has_each_once(&b, &all).await?;
     ensure!(skipped(site, "ORDERS.back").await >= 10, "{:?}", site.row("ORDERS.back").await);
     Ok(())
+}
+
+/// The target's server takes the messages of one way itself, and marks them with its own header.
+#[tokio::test]
+async fn a_copy_knows_what_was_fed_to_its_source() -> Result<()> {
+    const EACH: u64 = 10_000;
+    for version in ["2.15.1", "2.10.26"] {
+        let (mut site, feed) = begin_as("source", version, &[]).await?;
+        let (a, b) = (site.source.url(), site.target.url());
+        tokio::try_join!(create(&a), create(&b))?;
+        let there = merged(way("there", &site.source, &site.target), feed);
+        add(&site, merged(there, json!({"target_update": true}))).await?;
+        let reply =
+            request(&site.client, "replicator.config.validate", way("back", &site.target, &site.source)).await?;
+        ensure!(reply.to_string().contains("that comes back there is skipped"), "{reply}");
+        add(&site, way("back", &site.target, &site.source)).await?;
+        let publish = async {
+            for part in 0..10 {
+                let numbers = part * EACH / 10 + 1..=(part + 1) * EACH / 10;
+                tokio::try_join!(publish(&a, "a", numbers.clone()), publish(&b, "b", numbers))?;
+            }
+            anyhow::Ok(())
+        };
+        let kill = async {
+            for at in [500, 12_000] {
+                let mut raw = Raw::connect(&a).await?;
+                let what = format!("{at} messages at the first site");
+                wait_for(&what, LIMIT, async || {
+                    raw.stream_state(STREAM).await.is_ok_and(|state| state["messages"].as_u64() >= Some(at))
+                })
+                .await?;
+                site.service.kill()?;
+                site.service.restart().await?;
+            }
+            anyhow::Ok(())
+        };
+        tokio::try_join!(publish, kill)?;
+        settled(&site, &[("ORDERS.there", &a), ("ORDERS.back", &b)]).await.context(version)?;
+        let all = [("a", EACH), ("b", EACH)];
+        has_each_once(&a, &all).await.context(version)?;
+        has_each_once(&b, &all).await.context(version)?;
+        site.service.kill()?;
+        site.service.restart().await?;
+        publish_more(&site, &all).await.context(version)?;
+    }
+    Ok(())
+}
+
+/// The other group says in `target_origin` by which feed its copies came.
+#[tokio::test]
+async fn a_copy_knows_what_another_group_fed() -> Result<()> {
+    let (site, feed) = begin_as("source", "2.15.1", &[]).await?;
+    let (a, b) = (site.source.url(), site.target.url());
+    tokio::try_join!(create(&a), create(&b))?;
+    let there = merged(way("there", &site.source, &site.target), feed);
+    add(&site, merged(there, json!({"target_update": true, "target_origin": ["OTHER back"]}))).await?;
+    let control = Server::start(Role::Control).await?;
+    let other = Service::builder(&control.url(), "OTHER").start().await?;
+    let client = crate::harness::client::connect(&control.url()).await?;
+    let back = merged(
+        way("back", &site.target, &site.source),
+        json!({"target_origin": [format!("{} there", crate::harness::SITE)]}),
+    );
+    request(&client, "replicator.config.add", back).await?;
+    tokio::try_join!(publish(&a, "a", 1..=500), publish(&b, "b", 1..=500))?;
+    for url in [&a, &b] {
+        let all = async || has_each_once(url, &[("a", 500), ("b", 500)]).await;
+        wait_while_moving("both", LIMIT, async || all().await.map_err(|error| error.to_string()))
+            .await
+            .with_context(|| other.log())?;
+    }
+    // Each message was read, and none came back.
+    let read = async || {
+        let row = status(&client, "ORDERS.back").await.unwrap_or_default();
+        row["position"]["source_seq"] == 1_000 && row["counters"]["skipped_loop"] == 500
+    };
+    wait_for("the way back to be read", LIMIT, read).await.with_context(|| other.log())?;
+    has_each_once(&a, &[("a", 500), ("b", 500)]).await
+}
+
+/// A mirror has nothing else than the stream that it is fed from, and its messages do not say so.
+#[tokio::test]
+async fn a_mirror_is_not_copied_back_to_its_origin() -> Result<()> {
+    let (site, feed) = begin_as("mirror", "2.15.1", &[]).await?;
+    create(&site.source.url()).await?;
+    publish(&site.source.url(), "a", 1..=50).await?;
+    add(&site, merged(way("there", &site.source, &site.target), feed)).await?;
+    settled(&site, &[("ORDERS.there", &site.source.url())]).await?;
+    let back = way("back", &site.target, &site.source);
+    let reply = site.send("config.validate", back.clone()).await?;
+    ensure!(format!("{reply:?}").contains("is a mirror that replication `ORDERS.there` feeds"), "{reply:?}");
+    // By hand.
+    site.put("ORDERS.back", back.to_string()).await?;
+    let held = |row: &Value| row["state"] == "held" && row.to_string().contains("is a mirror that is fed from");
+    site.row_when("ORDERS.back", "is held", held).await?;
+    has_each_once(&site.source.url(), &[("a", 50)]).await
 }
 
 #[tokio::test]

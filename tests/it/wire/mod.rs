@@ -24,6 +24,8 @@ mod logins;
 pub(crate) mod mirror;
 mod native_faults;
 mod native_kinds;
+mod native_nodes;
+mod native_rejects;
 mod native_sampling;
 mod native_source;
 mod native_stores;

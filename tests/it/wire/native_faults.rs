@@ -26,7 +26,7 @@ use crate::harness::{
 
 const STREAM: &str = "ORDERS";
 /// A target that asked while no feed was there asks again within 50 s.
-const ASKS_WITHIN: Duration = Duration::from_secs(90);
+pub(super) const ASKS_WITHIN: Duration = Duration::from_secs(90);
 
 /// Each version with an ingestion of its own.
 const ALL_VERSIONS: [&str; 4] = ["2.10.26", "2.12.8", "2.14.6", "2.15.1"];
@@ -37,7 +37,7 @@ fn load(url: String, last: u64, part: u64, pause: Duration) -> JoinHandle<Result
 }
 
 /// The same where the last number is known later.
-fn load_until(url: String, last: Arc<AtomicU64>, part: u64, pause: Duration) -> JoinHandle<Result<()>> {
+pub(super) fn load_until(url: String, last: Arc<AtomicU64>, part: u64, pause: Duration) -> JoinHandle<Result<()>> {
     tokio::spawn(async move {
         let stored = async || Raw::connect(&url).await.ok()?.stream_state(STREAM).await.ok()?["last_seq"].as_u64();
         loop {
@@ -73,7 +73,7 @@ fn plain(kind: &str, stored: &[Stored]) -> Vec<(u64, String, Vec<u8>)> {
 }
 
 /// Both have the same messages, each once and in order; a mirror with the same sequences, times and headers.
-fn equal(kind: &str, from: &[Stored], to: &[Stored], logs: &str) -> Result<()> {
+pub(super) fn equal(kind: &str, from: &[Stored], to: &[Stored], logs: &str) -> Result<()> {
     let original: Vec<_> =
         from.iter().map(|message| (message.seq, message.subject.clone(), message.payload.clone())).collect();
     let copies = plain(kind, to);
@@ -147,7 +147,7 @@ async fn what_an_old_target_cannot_store_is_held() -> Result<()> {
     let window = json!({"duplicate_window": 100_000_000, "subjects": ["orders.>"]});
     for (headers, subject, text) in [
         (&[][..], "orders.a@b", "has `@` in its subject"),
-        (&["Nats-Msg-Id: 1"][..], "orders.1", "does not store the next source message"),
+        (&["Nats-Msg-Id: 1"][..], "orders.1", "does not store source message 2"),
     ] {
         let (site, fields) = begin_as("mirror", "2.10.26", &[]).await?;
         let mut source = site.source_stream(STREAM, window.clone()).await?;

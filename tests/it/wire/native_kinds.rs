@@ -48,6 +48,79 @@ async fn has_each_once(site: &Site, what: &str) -> Result<()> {
     Ok(())
 }
 
+/// A replication that was deleted with its records leaves its messages: added again as another kind, it stores nothing twice.
+#[tokio::test]
+async fn a_deleted_replication_does_not_return_as_another_kind() -> Result<()> {
+    for (first, second) in
+        [("copy", "source"), ("source", "copy"), ("copy", "mirror"), ("mirror", "copy"), ("source", "source")]
+    {
+        let what = format!("{first} and {second}");
+        let (site, fields) = begin_as("source", "2.15.1", &[]).await?;
+        let of = |kind: &str| {
+            let fields = if kind == "copy" { json!({}) } else { merged(fields.clone(), json!({ "kind": kind })) };
+            site.document_with(STREAM, fields)
+        };
+        site.filled(STREAM, 50).await?;
+        request(&site.client, "replicator.config.add", of(first)).await?;
+        site.settled(STREAM, 50).await?;
+        request(&site.client, "replicator.config.delete", json!({"replication": STREAM})).await?;
+        let before = site.target().await?.read_stream(STREAM).await?;
+        request(&site.client, "replicator.config.add", of(second)).await?;
+        if first == second {
+            site.publish(STREAM, 51..=60).await?;
+            site.settled_within(STREAM, 60, 2 * LIMIT).await.context(what.clone())?;
+            has_each_once(&site, &what).await?;
+            continue;
+        }
+        let row = site.row_when(STREAM, "is held", |row| row["state"] == "held").await.context(what.clone())?;
+        let text = match (first, second) {
+            ("copy", "mirror") => "is not a mirror".to_owned(),
+            ("mirror", "copy") => "mirror".to_owned(),
+            _ => format!("messages that it got while `kind` was `{first}`"),
+        };
+        ensure!(error(&row).contains(&text), "{what}: {row}");
+        ensure!(site.target().await?.read_stream(STREAM).await? == before, "{what}");
+    }
+    Ok(())
+}
+
+/// Servers from 2.14 on can name domain and account in the reply subjects of deliveries. What is fed is the same.
+#[tokio::test]
+async fn longer_ack_subjects_of_the_source_change_nothing() -> Result<()> {
+    for flag in [false, true] {
+        let port = free_port()?;
+        let flags = format!("feature_flags {{ js_ack_fc_v2: {flag} }}");
+        let leafnodes = format!("leafnodes {{ listen: \"127.0.0.1:{port}\" }}\n{flags}");
+        let target = Server::builder(Role::Target).version("2.15.1").config(&leafnodes).start().await?;
+        let source = Server::builder(Role::Source).version("2.15.1").config(&flags).start().await?;
+        ensure!(target.log().contains("js_ack_fc_v2") && !target.log().contains("Unsupported"), "{}", target.log());
+        let site = Site::builder().on(source, target).start().await?;
+        let leaf = format!("nats-leaf://127.0.0.1:{port}");
+        for retention in ["limits", "workqueue"] {
+            let mut source = site.source().await?;
+            for kind in ["copy", "mirror", "source"] {
+                let stream = format!("{kind}-{retention}");
+                let config = json!({"subjects": [format!("{stream}.>")], "retention": retention});
+                source.create_stream(&stream, config).await?;
+                let messages = (1..=20_000).map(|number| Outgoing::new(format!("{stream}.x"), format!("{number}")));
+                source.publish_all(messages).await?;
+                let fields = match kind {
+                    "copy" => json!({}),
+                    _ => json!({"kind": kind, "target_leaf_url": leaf}),
+                };
+                let begun = Instant::now();
+                site.add(&stream, fields).await?;
+                site.settled(&stream, 20_000).await.context(stream.clone())?;
+                eprintln!("js_ack_fc_v2 {flag}: {stream} in {:?}", begun.elapsed());
+                let stored = site.target().await?.read_stream(&stream).await?;
+                let payloads = stored.iter().map(|message| String::from_utf8_lossy(&message.payload).into_owned());
+                ensure!(payloads.eq((1..=20_000).map(|number| number.to_string())), "{flag}: {stream}");
+            }
+        }
+    }
+    Ok(())
+}
+
 async fn held_by_kind(site: &Site, before: &str) -> Result<Value> {
     let text = format!("messages that it got while `kind` was `{before}`");
     site.row_when(STREAM, "is held", |row| row["state"] == "held" && error(row).contains(&text)).await

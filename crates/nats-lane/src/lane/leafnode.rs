@@ -5,7 +5,15 @@
 //! The connection subscribes with `LS+`. With `LS+` and `LS-` the server announces the subscriptions of its account, as far as
 //! the leaf user may publish to them. Compression is not offered, so nothing is compressed.
 
-use std::{collections::VecDeque, fmt::Write as _, future::poll_fn, net::SocketAddr, time::Duration};
+use std::{
+    collections::VecDeque,
+    fmt::Write as _,
+    future::poll_fn,
+    net::SocketAddr,
+    sync::atomic::{AtomicUsize, Ordering},
+    task::{Context, Poll},
+    time::Duration,
+};
 
 use bytes::BytesMut;
 use serde_json::{Value, json};
@@ -41,10 +49,20 @@ pub struct LeafLogin {
     pub subscriptions: Vec<String>,
 }
 
+/// A server that a leaf is connected to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LeafServer {
+    /// Id of the server, which it has under each of its addresses.
+    pub id: String,
+    /// Where the connection ends; `None` where there is no address.
+    pub address: Option<SocketAddr>,
+}
+
 /// A leafnode connection that its owner drives, like a [`Lane`].
 #[derive(Debug)]
 pub struct Leaf {
     lane: Lane,
+    peer: Option<SocketAddr>,
     /// Messages that arrived during the login: a mirror that waits for a leaf asks at once.
     early: VecDeque<Batch>,
     login_took: Duration,
@@ -53,8 +71,26 @@ pub struct Leaf {
 impl Leaf {
     /// Connects to the first server of the endpoint that lets us in, as [`Lane::connect`] does.
     pub async fn connect(connection: &Connection, login: &LeafLogin) -> Result<Self, Error> {
-        let hosts = connection.endpoint.hosts.iter();
-        race(hosts, HEAD_START, |host| Self::try_host(connection, host, login)).await
+        match Self::connect_other(connection, login, &[]).await? {
+            Some(leaf) => Ok(leaf),
+            None => Err(Error::retry("the URL names no server")),
+        }
+    }
+
+    /// The same with the first server that is not among these, which have a connection of this login already: a server
+    /// closes the older of two. `None` if there are no others. Only servers of the endpoint count, never those that a server
+    /// names.
+    pub async fn connect_other(
+        connection: &Connection,
+        login: &LeafLogin,
+        connected: &[LeafServer],
+    ) -> Result<Option<Self>, Error> {
+        let (hosts, others) = (connection.endpoint.hosts.iter(), Others { connected, failed: AtomicUsize::new(0) });
+        match race(hosts, HEAD_START, |host| Self::try_host(connection, host, login, &others)).await {
+            Ok(leaf) => Ok(Some(leaf)),
+            Err(_) if others.failed.load(Ordering::Relaxed) == 0 => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Logs in over any transport, as [`Lane::greet`] does.
@@ -67,23 +103,39 @@ impl Leaf {
         let mut lane = Lane::over(io, address.to_owned(), connection)?;
         lane.read_info().await?;
         lane.interest = Some(Vec::new());
-        let mut leaf = Self { lane, early: VecDeque::new(), login_took: Duration::ZERO };
+        let mut leaf = Self { lane, peer: None, early: VecDeque::new(), login_took: Duration::ZERO };
         leaf.handshake(&connection.endpoint, login).await.map_err(no_leafnode_port)?;
         Ok(leaf)
     }
 
-    async fn try_host(connection: &Connection, host: &Host, login: &LeafLogin) -> Result<Self, Error> {
+    async fn try_host(
+        connection: &Connection,
+        host: &Host,
+        login: &LeafLogin,
+        others: &Others<'_>,
+    ) -> Result<Self, Error> {
         let within = connection.endpoint.connect_timeout;
         let leaf = match resolve(host, within).await {
             Ok(addresses) => {
-                let attempt =
-                    async |address| match timeout(within, Self::log_in(connection, host, address, login)).await {
-                        Ok(leaf) => leaf,
+                let attempt = async |address| {
+                    if others.connected.iter().any(|server| server.address == Some(address)) {
+                        return Err(connected());
+                    }
+                    let leaf = match timeout(within, Self::log_in(connection, host, address, login, others)).await {
+                        Ok(Ok(Some(leaf))) => return Ok(leaf),
+                        Ok(Ok(None)) => return Err(connected()),
+                        Ok(Err(error)) => Err(error),
                         Err(_) => Err(Error::retry(format!("no answer within {within:?}"))),
                     };
+                    others.failed.fetch_add(1, Ordering::Relaxed);
+                    leaf
+                };
                 race(addresses.into_iter(), NEXT_ADDRESS, attempt).await
             }
-            Err(error) => Err(error),
+            Err(error) => {
+                others.failed.fetch_add(1, Ordering::Relaxed);
+                Err(error)
+            }
         };
         leaf.map_err(|error| error.context(format!("leafnode `{}`", shown(&connection.endpoint, host))))
     }
@@ -93,7 +145,8 @@ impl Leaf {
         host: &Host,
         address: SocketAddr,
         login: &LeafLogin,
-    ) -> Result<Self, Error> {
+        others: &Others<'_>,
+    ) -> Result<Option<Self>, Error> {
         let mut connection = connection.clone();
         let endpoint = &mut connection.endpoint;
         if endpoint.scheme.is_websocket() && endpoint.path.is_empty() {
@@ -101,13 +154,16 @@ impl Leaf {
         }
         let endpoint = &connection.endpoint;
         let mut lane = Lane::greeted(&connection, host, address).await?;
+        if others.connected.iter().any(|server| server.id == lane.info.server_id) {
+            return Ok(None);
+        }
         if !endpoint.tls.handshake_first && !endpoint.scheme.is_websocket() {
             lane.upgrade(endpoint, host).await?;
         }
         lane.interest = Some(Vec::new());
-        let mut leaf = Self { lane, early: VecDeque::new(), login_took: Duration::ZERO };
+        let mut leaf = Self { lane, peer: Some(address), early: VecDeque::new(), login_took: Duration::ZERO };
         leaf.handshake(endpoint, login).await.map_err(no_leafnode_port)?;
-        Ok(leaf)
+        Ok(Some(leaf))
     }
 
     /// Sends login and subscriptions in one piece: mirrors of the account ask as soon as the server has accepted the leaf.
@@ -149,6 +205,11 @@ impl Leaf {
     /// What the server said of itself.
     pub fn info(&self) -> &ServerInfo {
         self.lane.info()
+    }
+
+    /// Which server this leaf is connected to, for [`Leaf::connect_other`].
+    pub fn server(&self) -> LeafServer {
+        LeafServer { id: self.lane.info().server_id.clone(), address: self.peer }
     }
 
     /// Server that this leaf is connected to: `host:port`, or the URL of its websocket.
@@ -201,9 +262,14 @@ impl Leaf {
     /// Writes and reads until something arrived or all output was written, see [`Lane::turn`]. A [`Turn::Received`] without
     /// messages may announce interest ([`Leaf::take_interest`]).
     pub async fn turn(&mut self) -> Result<Turn, Error> {
+        poll_fn(|cx| self.poll_turn(cx)).await
+    }
+
+    /// [`Leaf::turn`] for an owner that drives several leafs.
+    pub fn poll_turn(&mut self, cx: &mut Context<'_>) -> Poll<Result<Turn, Error>> {
         match self.early.pop_front() {
-            Some(batch) => Ok(Turn::Received(batch)),
-            None => self.lane.turn().await,
+            Some(batch) => Poll::Ready(Ok(Turn::Received(batch))),
+            None => self.lane.poll_turn(cx),
         }
     }
 
@@ -225,6 +291,17 @@ impl Leaf {
             () = sleep(within) => {}
         }
     }
+}
+
+/// The servers that are connected already, and how many others failed.
+struct Others<'a> {
+    connected: &'a [LeafServer],
+    failed: AtomicUsize,
+}
+
+/// No failure: it only ends the attempt.
+fn connected() -> Error {
+    Error::hold("is connected already")
 }
 
 fn write_sizes(output: &mut BytesMut, header: usize, total: usize) {

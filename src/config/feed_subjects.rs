@@ -1,6 +1,12 @@
 //! The subjects of a feed, and what a leaf user needs for them. Pure.
 
+use sha2::{Digest, Sha256};
 use xxhash_rust::xxh3::xxh3_64;
+
+/// Characters of the hashes that a server makes of names.
+const DIGITS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+/// Length of such a hash.
+const HASH: usize = 8;
 
 /// The subjects of one feed. They are made of site and replication, so that no two feeds answer the same requests, and a
 /// feed finds the stream that it fed before.
@@ -34,6 +40,14 @@ impl FeedSubjects {
     /// What the subjects begin with on which the target says how far it has come.
     pub fn flow(&self) -> String {
         format!("{}.FC", self.root)
+    }
+
+    /// What the header `Nats-Stream-Source` begins with in messages that a target took from this stream over the feed: the
+    /// stream, and a hash of the API prefix (`composeIName` of nats-server, 2.10 to 2.15).
+    pub fn source_index(&self, stream: &str) -> String {
+        let hash = Sha256::digest(self.api().as_bytes());
+        let hash = hash.iter().take(HASH).map(|byte| char::from(DIGITS[usize::from(*byte) % DIGITS.len()]));
+        format!("{stream}:{}", hash.collect::<String>())
     }
 
     /// What the leaf subscribes to.
