@@ -226,6 +226,21 @@ async fn documented_permissions_suffice() -> Result<()> {
         service.stop().await?;
         service.restart().await?;
     }
+    // What is asked of both sides by request needs no more.
+    let report = request(&client, "replicator.report", json!({})).await?;
+    let streams = report["streams"].as_array().context("streams")?;
+    ensure!(streams.len() == 4 && streams.iter().all(|stream| stream["messages"].is_u64()), "{report:#}");
+    let drift = request(&client, "replicator.drift", json!({})).await?;
+    let rows = drift["replications"].as_array().context("rows")?;
+    ensure!(rows.len() == 2 && rows.iter().all(|row| row["error"].is_null()), "{drift:#}");
+    request(&client, "replicator.verify", json!({"replication": "ORDERS"})).await?;
+    let verified = async || {
+        let asked = request(&client, "replicator.verify.status", json!({"replication": "ORDERS"})).await.ok()?;
+        let result = asked["verification"].clone();
+        (result["state"] == "done").then_some(result)
+    };
+    let result = wait_value("the result of verify", LIMIT, verified).await.with_context(|| service.log())?;
+    ensure!(result["findings"] == 0 && result["source_messages"] == 100, "{result:#}");
     for log in [source.log(), target.log(), control.log()] {
         let refused = log.lines().find(|line| line.to_lowercase().contains("violation"));
         ensure!(refused.is_none(), "{}", refused.unwrap_or_default());
@@ -235,6 +250,81 @@ async fn documented_permissions_suffice() -> Result<()> {
         request(&client, "replicator.config.delete", json!({"replication": id})).await?;
     }
     ensure!(!service.logs().to_lowercase().contains("violation"), "{}", service.logs());
+    Ok(())
+}
+
+/// The subjects that one column of the table of requests adds.
+fn added(page: &str, column: usize) -> Result<String> {
+    let (_, rest) = page.split_once("## Requests").context("requests")?;
+    let (table, _) = rest.split_once("\n## ").context("an end")?;
+    let cells = table.lines().filter_map(|line| line.split('|').nth(column));
+    let subjects = cells.flat_map(|cell| cell.split('`').skip(1).step_by(2)).filter(|word| word.starts_with('$'));
+    let lines: Vec<_> = subjects.map(|subject| format!("    \"{subject}\"")).collect();
+    ensure!(!lines.is_empty(), "{table}");
+    Ok(lines.join("\n"))
+}
+
+/// Users with what the table of requests adds: each request does its work, and no server refuses anything.
+#[tokio::test]
+async fn documented_permissions_of_requests_suffice() -> Result<()> {
+    let page = page("docs/permissions.md")?;
+    let blocks: Vec<&str> =
+        page.split("```\npermissions {").skip(1).filter_map(|rest| rest.split("```").next()).collect();
+    let [_, source, _, target, ..] = blocks.as_slice() else { bail!("{} blocks", blocks.len()) };
+    let config = |block: &str, more: &str| {
+        let block = block.replacen("publish: [", &format!("publish: [\n{more}"), 1);
+        format!(
+            "authorization {{ users: [{{ user: one, password: p, permissions {{{block} }}, {{ user: all, password: p }}] }}"
+        )
+    };
+    let at_source = format!("{}\n    \"dead.orders\"", added(&page, 2)?);
+    let source = Server::builder(Role::Source).config(&config(source, &at_source)).start().await?;
+    let target = Server::builder(Role::Target).config(&config(target, &added(&page, 3)?)).start().await?;
+    let control = Server::start(Role::Control).await?;
+    let service = Service::builder(&control.url(), SITE).start().await?;
+    let client = connect(&control.url()).await?;
+    let mut raw = Raw::connect(&source.url_as("all:p")).await?;
+    raw.create_stream("ORDERS", json!({"subjects": ["orders.>"]})).await?;
+    raw.create_stream("DEAD", json!({"subjects": ["dead.>"]})).await?;
+    let durable = json!({"stream_name": "ORDERS", "config": {"name": "bills", "durable_name": "bills", "ack_policy": "explicit"}});
+    raw.api("CONSUMER.DURABLE.CREATE.ORDERS.bills", durable).await?;
+    let mut copies = Raw::connect(&target.url_as("all:p")).await?;
+    let mut there = json!({"subjects": ["orders.>"], "max_msg_size": 1_000});
+    copies.create_stream("ORDERS", there.clone()).await?;
+    let payload = |n: usize| if n < 2 { "x".repeat(2_000) } else { n.to_string() };
+    raw.publish_all((0..10).map(|n| Outgoing::new(format!("orders.{n}"), payload(n)))).await?;
+    let document = json!({"stream": "ORDERS", "source_url": source.url_as("one:p"), "target_url": target.url_as("one:p"),
+        "on_reject": "dead_letter", "dead_letter": {"subject": "dead.orders"}});
+    request(&client, "replicator.config.add", document).await?;
+    wait_messages(&mut raw, "DEAD", 2, LIMIT).await.with_context(|| service.log())?;
+    wait_messages(&mut copies, "ORDERS", 8, LIMIT).await.with_context(|| service.log())?;
+
+    let one = |fields: Value| {
+        let mut body = json!({"replication": "ORDERS"});
+        fields.as_object().into_iter().flatten().for_each(|(name, value)| body[name] = value.clone());
+        body
+    };
+    let listed = request(&client, "replicator.dlq.list", one(json!({}))).await?;
+    ensure!(listed["letters"].as_array().is_some_and(|letters| letters.len() == 2), "{listed:#}");
+    request(&client, "replicator.dlq.show", one(json!({"letter": 1}))).await?;
+    request(&client, "replicator.dlq.drop", one(json!({"letters": [1]}))).await?;
+    (there["name"], there["max_msg_size"]) = ("ORDERS".into(), (-1).into());
+    copies.api("STREAM.UPDATE.ORDERS", there).await?;
+    let replayed = request(&client, "replicator.dlq.replay", one(json!({"letters": [2]}))).await?;
+    ensure!(replayed["done"][0]["letter"] == 2 && replayed["failed"].is_null(), "{replayed:#}");
+    let exported = request(&client, "replicator.consumers.export", one(json!({"consumers": ["bills"]}))).await?;
+    let found = &exported["consumers"][0];
+    ensure!(found["error"].is_null(), "{exported:#}");
+    let names = ["name", "position", "start", "config"];
+    let consumer: serde_json::Map<_, _> =
+        names.into_iter().map(|name| (name.to_owned(), found[name].clone())).collect();
+    let consumers = one(json!({"consumers": [consumer]}));
+    let imported = request(&client, "replicator.consumers.import", consumers).await?;
+    ensure!(imported["consumers"][0]["outcome"] == "created", "{imported:#}");
+    for log in [source.log(), target.log()] {
+        let refused = log.lines().find(|line| line.to_lowercase().contains("violation"));
+        ensure!(refused.is_none(), "{}", refused.unwrap_or_default());
+    }
     Ok(())
 }
 
