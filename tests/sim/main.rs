@@ -121,3 +121,8 @@ fn a_source_that_shrinks_under_its_consumer_is_noticed() {
         run::run_plan(seed, plan::Plan::shrinking).unwrap_or_else(|error| panic!("{error}"));
     }
 }
+
+#[test]
+fn acks_of_messages_that_are_gone_prove_nothing() {
+    run::run(26_377).unwrap_or_else(|error| panic!("{error}"));
+}
