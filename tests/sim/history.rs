@@ -280,7 +280,8 @@ impl History {
             self.originals[number].excused = Some("too old");
             return true;
         }
-        self.is_replaced(number) || self.is_sampled(number, Some(self.grace()))
+        // Newer copies that the target has just lost count as well: what was skipped for them was settled.
+        self.is_replaced(number, Some(self.grace())) || self.is_sampled(number, Some(self.grace()))
     }
 
     /// The source lost everything after a sequence.
@@ -473,14 +474,14 @@ impl History {
         }
         let original = &self.originals[number];
         let is_old = self.is_old(original);
+        // Skipped by a run that could not write of which sender it had copied an earlier one, which the source has forgotten.
+        let new_again = self.plan.forgets_senders();
         let newest = self.newest.entry((original.incarnation, generation)).or_default();
         let first = !original.copies.iter().any(|copy| self.copies[*copy].lost.is_none());
         // The newer run does not send again, so that the ids cannot drop it, what is gone at the source or passed over.
         let alone = !chained && (!self.held.contains_key(&seq) || original.excused.is_some());
         // Skipped as too old by a run that could not save that, and young again for the next one.
         let young_again = is_old && self.plan.has(Fault::sets_source_back);
-        // Skipped by a run that could not write of which sender it had copied an earlier one, which the source has forgotten.
-        let new_again = self.plan.forgets_senders();
         if first && !alone && !young_again && !new_again && *newest > number && (self.plan.strict || !original.refused)
         {
             let newest = self.originals[*newest].seq;
@@ -603,11 +604,11 @@ impl History {
     }
 
     /// So many newer ones of its subject are stored that the target would keep none more.
-    fn is_replaced(&self, number: usize) -> bool {
+    fn is_replaced(&self, number: usize, grace: Option<Duration>) -> bool {
         let Some(keep) = self.plan.keeps else { return false };
         let subject = &self.originals[number].subject;
         let newer = (number + 1..self.originals.len())
-            .filter(|newer| self.originals[*newer].subject == *subject && self.is_stored(*newer, None));
+            .filter(|newer| self.originals[*newer].subject == *subject && self.is_stored(*newer, grace));
         newer.take(keep).count() >= keep
     }
 
@@ -740,7 +741,7 @@ impl History {
         }
         // What the target lost may be too old by now.
         let lost = self.plan.has(|fault| fault.target_loses()) && self.is_old(original);
-        !lost && !self.is_replaced(number) && !self.is_sampled(number, None)
+        !lost && !self.is_replaced(number, None) && !self.is_sampled(number, None)
     }
 
     /// Source messages that were gone before they were copied.
@@ -750,7 +751,7 @@ impl History {
 
     /// Those of them that the target would not keep any more.
     pub fn gone_but_replaced(&self) -> BTreeSet<u64> {
-        let replaced = self.gone_numbers().filter(|number| self.is_replaced(*number));
+        let replaced = self.gone_numbers().filter(|number| self.is_replaced(*number, None));
         replaced.map(|number| self.originals[number].seq).collect()
     }
 
@@ -774,7 +775,7 @@ impl History {
     pub fn left_out_untold(&self) -> Option<u64> {
         let asked = self.originals.iter().enumerate().filter(|(number, o)| {
             let asked = o.excused == Some(LEFT_OUT) && self.held.contains_key(&o.seq) && o.cut.is_none();
-            asked && !self.is_old(o) && !self.is_replaced(*number)
+            asked && !self.is_old(o) && !self.is_replaced(*number, None)
         });
         let asked = asked.map(|(_, original)| original);
         let told: BTreeSet<u64> = self.events("poison").filter_map(|event| event["source_seq"].as_u64()).collect();

@@ -123,6 +123,11 @@ fn a_source_that_shrinks_under_its_consumer_is_noticed() {
 }
 
 #[test]
+fn a_target_that_is_deleted_had_what_replaced_a_message() {
+    run::run(36_841).unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[test]
 fn acks_of_messages_that_are_gone_prove_nothing() {
     run::run(26_377).unwrap_or_else(|error| panic!("{error}"));
 }
