@@ -228,7 +228,10 @@ impl History {
         let slack = inspect.as_nanos() as i64 / 8;
         let (seen, copied) =
             self.senders.get(subject.trim_start_matches("s.")).copied().unwrap_or((i64::MIN, i64::MIN));
-        let known = if copies.is_empty() { seen.saturating_add(slack) } else { copied };
+        // A run cannot know of what settled before it whether it was copied or a dead letter. If a copy is not in the record yet,
+        // the run takes it for a dead letter: its sender was seen, and has another message copied.
+        let as_seen = copies.is_empty() || self.plan.dead_letters;
+        let known = if as_seen { seen.saturating_add(slack).max(copied) } else { copied };
         if known < *time_ns {
             let what = format!("{seq} was acknowledged at the source, and the record of its sender does not know it");
             self.breach(what);
@@ -475,7 +478,7 @@ impl History {
         let original = &self.originals[number];
         let is_old = self.is_old(original);
         // Skipped by a run that could not write of which sender it had copied an earlier one, which the source has forgotten.
-        let new_again = self.plan.forgets_senders();
+        let new_again = self.plan.forgets_senders() || self.may_be_letter(number);
         let newest = self.newest.entry((original.incarnation, generation)).or_default();
         let first = !original.copies.iter().any(|copy| self.copies[*copy].lost.is_none());
         // The newer run does not send again, so that the ids cannot drop it, what is gone at the source or passed over.
@@ -493,6 +496,18 @@ impl History {
         self.by_target.entry(target_seq).or_default().push((self.copies.len(), seq));
         self.copies.push(Copy { target_seq, at, opened: arrival.opened, generation, lost: None, replaced: false });
         self.replace(number);
+    }
+
+    /// Whether a message was skipped for a copy that the record of its sender does not have: if that settled before a run
+    /// began, the run cannot know it from a dead letter, and copies the next message of the sender.
+    fn may_be_letter(&self, number: usize) -> bool {
+        let Some(inspect) = self.plan.inspect.filter(|_| self.plan.dead_letters) else { return false };
+        let Original { subject, time_ns, .. } = &self.originals[number];
+        let written = self.senders.get(subject.trim_start_matches("s.")).map_or(i64::MIN, |(_, copied)| *copied);
+        let from = (time_ns - inspect.as_nanos() as i64).max(written.saturating_add(1));
+        let before = self.originals[..number].iter().enumerate();
+        let mut before = before.filter(|(_, other)| other.subject == *subject && other.time_ns >= from);
+        before.any(|(other, _)| self.is_stored(other, None))
     }
 
     /// Copies of newer messages of the same subject that are so many that this one is no longer needed. Those that
