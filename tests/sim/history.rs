@@ -228,7 +228,10 @@ impl History {
         let slack = inspect.as_nanos() as i64 / 8;
         let (seen, copied) =
             self.senders.get(subject.trim_start_matches("s.")).copied().unwrap_or((i64::MIN, i64::MIN));
-        let known = if copies.is_empty() { seen.saturating_add(slack) } else { copied };
+        // A run cannot know of what settled before it whether it was copied or a dead letter. If a copy is not in the record yet,
+        // the run takes it for a dead letter: its sender was seen, and has another message copied.
+        let as_seen = copies.is_empty() || self.plan.dead_letters;
+        let known = if as_seen { seen.saturating_add(slack).max(copied) } else { copied };
         if known < *time_ns {
             let what = format!("{seq} was acknowledged at the source, and the record of its sender does not know it");
             self.breach(what);
@@ -280,7 +283,8 @@ impl History {
             self.originals[number].excused = Some("too old");
             return true;
         }
-        self.is_replaced(number) || self.is_sampled(number, Some(self.grace()))
+        // Newer copies that the target has just lost count as well: what was skipped for them was settled.
+        self.is_replaced(number, Some(self.grace())) || self.is_sampled(number, Some(self.grace()))
     }
 
     /// The source lost everything after a sequence.
@@ -473,14 +477,14 @@ impl History {
         }
         let original = &self.originals[number];
         let is_old = self.is_old(original);
+        // Skipped by a run that could not write of which sender it had copied an earlier one, which the source has forgotten.
+        let new_again = self.plan.forgets_senders() || self.may_be_letter(number);
         let newest = self.newest.entry((original.incarnation, generation)).or_default();
         let first = !original.copies.iter().any(|copy| self.copies[*copy].lost.is_none());
         // The newer run does not send again, so that the ids cannot drop it, what is gone at the source or passed over.
         let alone = !chained && (!self.held.contains_key(&seq) || original.excused.is_some());
         // Skipped as too old by a run that could not save that, and young again for the next one.
         let young_again = is_old && self.plan.has(Fault::sets_source_back);
-        // Skipped by a run that could not write of which sender it had copied an earlier one, which the source has forgotten.
-        let new_again = self.plan.forgets_senders();
         if first && !alone && !young_again && !new_again && *newest > number && (self.plan.strict || !original.refused)
         {
             let newest = self.originals[*newest].seq;
@@ -492,6 +496,18 @@ impl History {
         self.by_target.entry(target_seq).or_default().push((self.copies.len(), seq));
         self.copies.push(Copy { target_seq, at, opened: arrival.opened, generation, lost: None, replaced: false });
         self.replace(number);
+    }
+
+    /// Whether a message was skipped for a copy that the record of its sender does not have: if that settled before a run
+    /// began, the run cannot know it from a dead letter, and copies the next message of the sender.
+    fn may_be_letter(&self, number: usize) -> bool {
+        let Some(inspect) = self.plan.inspect.filter(|_| self.plan.dead_letters) else { return false };
+        let Original { subject, time_ns, .. } = &self.originals[number];
+        let written = self.senders.get(subject.trim_start_matches("s.")).map_or(i64::MIN, |(_, copied)| *copied);
+        let from = (time_ns - inspect.as_nanos() as i64).max(written.saturating_add(1));
+        let before = self.originals[..number].iter().enumerate();
+        let mut before = before.filter(|(_, other)| other.subject == *subject && other.time_ns >= from);
+        before.any(|(other, _)| self.is_stored(other, None))
     }
 
     /// Copies of newer messages of the same subject that are so many that this one is no longer needed. Those that
@@ -603,11 +619,11 @@ impl History {
     }
 
     /// So many newer ones of its subject are stored that the target would keep none more.
-    fn is_replaced(&self, number: usize) -> bool {
+    fn is_replaced(&self, number: usize, grace: Option<Duration>) -> bool {
         let Some(keep) = self.plan.keeps else { return false };
         let subject = &self.originals[number].subject;
         let newer = (number + 1..self.originals.len())
-            .filter(|newer| self.originals[*newer].subject == *subject && self.is_stored(*newer, None));
+            .filter(|newer| self.originals[*newer].subject == *subject && self.is_stored(*newer, grace));
         newer.take(keep).count() >= keep
     }
 
@@ -740,7 +756,7 @@ impl History {
         }
         // What the target lost may be too old by now.
         let lost = self.plan.has(|fault| fault.target_loses()) && self.is_old(original);
-        !lost && !self.is_replaced(number) && !self.is_sampled(number, None)
+        !lost && !self.is_replaced(number, None) && !self.is_sampled(number, None)
     }
 
     /// Source messages that were gone before they were copied.
@@ -750,7 +766,7 @@ impl History {
 
     /// Those of them that the target would not keep any more.
     pub fn gone_but_replaced(&self) -> BTreeSet<u64> {
-        let replaced = self.gone_numbers().filter(|number| self.is_replaced(*number));
+        let replaced = self.gone_numbers().filter(|number| self.is_replaced(*number, None));
         replaced.map(|number| self.originals[number].seq).collect()
     }
 
@@ -774,7 +790,7 @@ impl History {
     pub fn left_out_untold(&self) -> Option<u64> {
         let asked = self.originals.iter().enumerate().filter(|(number, o)| {
             let asked = o.excused == Some(LEFT_OUT) && self.held.contains_key(&o.seq) && o.cut.is_none();
-            asked && !self.is_old(o) && !self.is_replaced(*number)
+            asked && !self.is_old(o) && !self.is_replaced(*number, None)
         });
         let asked = asked.map(|(_, original)| original);
         let told: BTreeSet<u64> = self.events("poison").filter_map(|event| event["source_seq"].as_u64()).collect();

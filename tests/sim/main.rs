@@ -149,3 +149,21 @@ fn a_source_that_shrinks_under_its_consumer_is_noticed() {
         run::run_plan(seed, plan::Plan::shrinking).unwrap_or_else(|error| panic!("{error}"));
     }
 }
+
+#[test]
+fn a_target_that_is_deleted_had_what_replaced_a_message() {
+    run::run(36_841).unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[test]
+fn a_copy_without_a_record_may_be_a_dead_letter() {
+    // One is copied again that was skipped, and one is acknowledged of which the record says that it was seen.
+    for seed in [27_440, 27_015] {
+        run::run(seed).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
+fn acks_of_messages_that_are_gone_prove_nothing() {
+    run::run(26_377).unwrap_or_else(|error| panic!("{error}"));
+}

@@ -116,10 +116,13 @@ impl Durable {
         self.info.delivered.stream_seq > source.state.last_seq
     }
 
-    /// Up to where the source has everything acknowledged, if the stream has so much.
+    /// Up to where the source has everything acknowledged; 0 if the consumer shows that these were other messages, which the
+    /// stream has lost. It may show that where neither the record nor the target does: all that was acknowledged may have
+    /// been skipped, and not saved.
     pub(in crate::copy) fn floor(&self, source: &StreamInfo) -> u64 {
         let floor = self.info.ack_floor.stream_seq;
-        if floor <= source.state.last_seq { floor } else { 0 }
+        let gone = floor > source.state.last_seq || self.is_ahead(source) && self.is_stale(source);
+        if gone { 0 } else { floor }
     }
 
     /// Whether it has never had an ack. (One that pushes is reset at each start, and then counts from 0 again.)
@@ -687,6 +690,25 @@ mod tests {
         check("workqueue", 11, Some(10));
         check("interest", 11, None);
         check("interest", 16, Some(13));
+    }
+
+    #[test]
+    fn acks_count_unless_the_stream_lost_its_end() {
+        // The stream has sequences 10 to 15.
+        let check = |level: &str, delivered: u64, floor: u64, expect: u64| {
+            let info =
+                json!({"config": {}, "delivered": {"stream_seq": delivered}, "ack_floor": {"stream_seq": floor}});
+            let info = serde_json::from_value(info).unwrap();
+            let durable = Durable { name: "SR_x".to_owned(), way: Way::Explicit, info };
+            assert_eq!(durable.floor(&stream("interest", level, 5, 50)), expect, "{level} {delivered} {floor}");
+        };
+        check("1", 15, 12, 12);
+        check("1", 20, 16, 0);
+        check("1", 20, 12, 0);
+        // All of them are gone from the stream.
+        check("1", 20, 9, 9);
+        // The server lowers the floor with the end of its stream: what was delivered was stored since `source` was read.
+        check("4", 20, 12, 12);
     }
 
     #[test]
