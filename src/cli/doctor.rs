@@ -445,6 +445,8 @@ fn needed_by_service(prefix: &str, bucket_prefix: &str, api: &str) -> Vec<String
         format!("{prefix}.event.>"),
         "$SRV.PING.>".to_owned(),
         format!("{api}.STREAM.CREATE.{bucket_prefix}_EVENTS"),
+        format!("{api}.STREAM.INFO.{bucket_prefix}_EVENTS"),
+        format!("{api}.STREAM.MSG.GET.{bucket_prefix}_EVENTS"),
     ]);
     subjects
 }

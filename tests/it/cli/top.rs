@@ -62,8 +62,11 @@ async fn sees(running: &Running, text: &str) -> Result<Vec<String>> {
 async fn ended(running: Running, code: i32) -> Result<()> {
     running.shows(GIVEN_BACK).await?;
     wait_for("the terminal to echo again", LIMIT, async || running.echoes().unwrap_or_default()).await?;
-    let shown = running.shown();
-    assert!(shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l"), "the cursor is hidden: {shown:?}");
+    let cursor = async || {
+        let shown = running.shown();
+        shown.rfind("\x1b[?25h") > shown.rfind("\x1b[?25l")
+    };
+    wait_for("the cursor to be shown", LIMIT, cursor).await.with_context(|| running.shown())?;
     let ended = running.end().await?;
     assert_eq!(ended.code, Some(code), "{ended:?}");
     Ok(())

@@ -52,7 +52,8 @@ async fn settled(site: &Site, ways: &[(&str, &str)]) -> Result<()> {
         }
         if all { Ok(()) } else { Err(positions) }
     };
-    wait_while_moving(what, LIMIT, probe).await.with_context(|| site.service.log())
+    // A target that lost its answer with the service asks again only after up to 50 s.
+    wait_while_moving(what, 2 * LIMIT, probe).await.with_context(|| site.service.log())
 }
 
 /// Checks that the stream has the messages of all of these, each once, and those of each in their order.
@@ -191,7 +192,7 @@ async fn a_copy_knows_what_another_group_fed() -> Result<()> {
     tokio::try_join!(publish(&a, "a", 1..=500), publish(&b, "b", 1..=500))?;
     for url in [&a, &b] {
         let all = async || has_each_once(url, &[("a", 500), ("b", 500)]).await;
-        wait_while_moving("both", LIMIT, async || all().await.map_err(|error| error.to_string()))
+        wait_while_moving("both", 2 * LIMIT, async || all().await.map_err(|error| error.to_string()))
             .await
             .with_context(|| other.log())?;
     }
