@@ -295,7 +295,7 @@ impl System {
             progress.leases = Some(leases.clone());
         });
 
-        let drift = settings.monitor.is_some().then(|| {
+        let drift = (settings.monitor.is_some() && !settings.read_only).then(|| {
             let (sender, known) = watch::channel(Arc::default());
             self.progress.send_modify(|progress| progress.drift = Some(known));
             sender

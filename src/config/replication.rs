@@ -111,7 +111,11 @@ impl Replication {
     pub fn origin_tags(&self, site: &str) -> Vec<OriginTag> {
         match self.native.as_ref().map(|native| native.kind) {
             Some(NativeKind::Mirror) => return Vec::new(),
-            Some(NativeKind::Source) => return vec![OriginTag::fed(&self.source.stream, site, &self.id)],
+            Some(NativeKind::Source) => {
+                let former = self.former.iter().map(|former| former.site.as_str());
+                let sites = std::iter::once(site).chain(former);
+                return sites.map(|site| OriginTag::fed(&self.source.stream, site, &self.id)).collect();
+            }
             None => {}
         }
         let tag = |site: &str, name: &str| OriginTag {

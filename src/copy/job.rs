@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use nats_lane as nats;
+use nats_lane::{self as nats, jetstream::StreamInfo};
 
-use super::{flow::budget::Budget, returned::WaysBack, samples::Samples, source::consumers::ConsumerLabels};
+use super::{
+    Error, ErrorKind, flow::budget::Budget, returned::WaysBack, samples::Samples, source::consumers::ConsumerLabels,
+};
 use crate::{
     config::Replication,
     status::Row,
@@ -46,5 +48,21 @@ impl Job {
     /// The metadata of its own consumers.
     pub(crate) fn labels(&self) -> ConsumerLabels {
         ConsumerLabels::new(&self.site, &self.replication.id, self.row.leader.as_deref())
+    }
+
+    /// Refuses a source that is a mirror which another replication feeds from the target: nothing in its messages says so.
+    pub(crate) fn refuse_echo(&self, source: &StreamInfo) -> Result<(), Error> {
+        let replication = &self.replication;
+        if replication.loop_protection.is_none() || !self.ways_back.mirrors_target(source) {
+            return Ok(());
+        }
+        let (from, to) = (&replication.source.stream, &replication.target.stream);
+        Err(Error::new(
+            ErrorKind::Hold,
+            format!(
+                "source stream `{from}` is a mirror that is fed from target stream `{to}`: everything in it would be stored there \
+                 a second time; feed it with kind `source`, or promote it"
+            ),
+        ))
     }
 }

@@ -123,7 +123,7 @@ impl<'a> Opener<'a> {
         });
         let (mut lanes, first) = Lanes::connect(self.job, positions).await?;
         let mut streams = self.read_streams(&mut lanes, first, positions).await?;
-        self.refuse_echo(&streams.source)?;
+        self.job.refuse_echo(&streams.source)?;
         let mut found = Box::pin(self.find(&mut lanes, &mut streams, positions)).await?;
         let (sampler, reader) = self.read(&mut lanes, &streams, &mut found, positions).await?;
         positions.begin_at(streams.target.state.last_seq);
@@ -146,22 +146,6 @@ impl<'a> Opener<'a> {
             assemble(report, lanes, streams, (found, returned), (reader, sampler), (writer, rejects), drops);
         run.begin(&target_info, resume, goes_back, positions).await?;
         Ok(run)
-    }
-
-    /// Refuses a source that is a mirror which another replication feeds from the target: nothing in its messages says so.
-    fn refuse_echo(&self, source: &StreamInfo) -> Result<(), Error> {
-        let replication = &self.job.replication;
-        if replication.loop_protection.is_none() || !self.job.ways_back.mirrors_target(source) {
-            return Ok(());
-        }
-        let (from, to) = (&replication.source.stream, &replication.target.stream);
-        Err(Error::new(
-            ErrorKind::Hold,
-            format!(
-                "source stream `{from}` is a mirror that is fed from target stream `{to}`: everything in it would be stored there \
-                 a second time; feed it with kind `source`, or promote it"
-            ),
-        ))
     }
 
     /// Checks whether the source stream may be copied, and creates or updates the target stream.

@@ -201,6 +201,8 @@ struct Ours {
     complete: bool,
     /// Only where the target has a limit per subject.
     subject: Option<Box<[u8]>>,
+    /// The source was asked, and has it.
+    confirmed: bool,
 }
 
 impl Ours {
@@ -417,21 +419,23 @@ impl Sides<'_> {
 
     /// Those of these copies that are after the position. Where the target keeps few messages per subject, they show which
     /// older messages it would not keep beside them: but a copy from a stream that this one replaced shows nothing. It is
-    /// older than the message at the position, or than this stream. Where the source's clock was set back, so are
-    /// messages of this one: the source has them.
+    /// older than this stream, the message at the position or a copy before it. Where the source's clock was set back, so
+    /// are messages of this one: the source has them.
     async fn already(&mut self, mut ours: Vec<Ours>, position: SourcePoint) -> Result<Already, Error> {
         ours.retain(|message| message.origin.seq > position.seq);
         let created = self.source.created.parse::<chrono::DateTime<Utc>>().map_or(i64::MIN, nanos);
-        let since = position.time_ns.unwrap_or(i64::MIN).max(created).div_euclid(1_000_000);
-        let is_doubtful = |message: &Ours| message.subject.is_some() && message.origin.time_ms < since;
-        if ours.iter().any(is_doubtful) {
-            let doubtful = ours.iter().filter(|message| is_doubtful(message));
-            let seqs: Vec<u64> = doubtful.map(|message| message.origin.seq).collect();
+        let mut since = position.time_ns.unwrap_or(i64::MIN).max(created).div_euclid(1_000_000);
+        let mut copies: Vec<&mut Ours> = ours.iter_mut().filter(|message| message.subject.is_some()).collect();
+        copies.sort_unstable_by_key(|message| message.origin.seq);
+        copies.retain(|message| {
+            since = since.max(message.origin.time_ms);
+            message.origin.time_ms < since
+        });
+        if !copies.is_empty() {
+            let seqs: Vec<u64> = copies.iter().map(|message| message.origin.seq).collect();
             let times = self.source_times(seqs.iter().copied()).await?;
-            for message in ours.iter_mut().filter(|message| is_doubtful(message)) {
-                if times.get(&message.origin.seq) != Some(&message.origin.time_ms) {
-                    message.subject = None;
-                }
+            for message in copies {
+                message.confirmed = times.get(&message.origin.seq) == Some(&message.origin.time_ms);
             }
         }
         Ok(Already::new(ours, self.keeps()))
@@ -723,7 +727,27 @@ impl Sides<'_> {
         }
         let later = self.point_at(before + 1).await?.time_ns;
         let newest = self.point_at(self.source.state.last_seq).await?.time_ns;
-        Ok(later.zip(newest).is_none_or(|(later, newest)| newest >= later))
+        if later.zip(newest).is_none_or(|(later, newest)| newest >= later) {
+            return Ok(true);
+        }
+        self.has_acknowledged().await
+    }
+
+    /// Whether a work queue has messages that this replication acknowledged and it removed: they are others, which took the
+    /// sequences of lost ones.
+    async fn has_acknowledged(&mut self) -> Result<bool, Error> {
+        let Some(durable) = self.durable.filter(|_| self.source.text("retention") == "workqueue") else {
+            return Ok(false);
+        };
+        let (stream, filters) = (&self.replication.source.stream, self.replication.scope.filters());
+        let everything = [">".to_owned()];
+        for filter in if filters.is_empty() { &everything } else { filters } {
+            let first = Api::new(self.source_lane).message_of(stream, filter, 1).await?;
+            if first.is_some_and(|first| first.sequence <= durable.floor(self.source)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// The source reports that it lost messages that were copied, up to a sequence: that counts if its leader reports the
@@ -834,7 +858,7 @@ fn contradicts_itself() -> Error {
 
 fn ours(tag: &Tag, target_seq: u64, header: &[u8], subject: Option<&[u8]>) -> Option<Ours> {
     let origin = tag.origin(header)?;
-    Some(Ours { origin, target_seq, complete: is_complete(header), subject: subject.map(Box::from) })
+    Some(Ours { origin, target_seq, complete: is_complete(header), subject: subject.map(Box::from), confirmed: false })
 }
 
 /// Whether a message of ours proves that all before it are there.

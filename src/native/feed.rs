@@ -79,6 +79,8 @@ const STORES_WITHIN: Duration = Duration::from_secs(60);
 /// After this time without an answer of a target that has been given everything, it is made to ask again: one that refuses a message
 /// does that by itself only when the next one arrives.
 const ANSWERS_WITHIN: Duration = Duration::from_secs(5);
+/// The same for a target with replicas.
+const REPLICATED_ANSWERS_WITHIN: Duration = Duration::from_secs(30);
 /// The number of requests for the same message, delivered each time, that mean that the target refuses it.
 const REFUSED: u32 = 3;
 /// Bytes that wait in our buffer for the target's connection before no more are added.
@@ -389,7 +391,7 @@ impl<'a> Feed<'a> {
             match request::read(&api, message.subject, message.reply, message.payload) {
                 // Each server passes it on to its leafnode connection.
                 Some(asked) => {
-                    if self.leaves.is_new(&String::from_utf8_lossy(message.reply)) {
+                    if self.leaves.is_new(&String::from_utf8_lossy(message.reply), over) {
                         newest = Some(asked);
                     }
                 }
@@ -430,7 +432,7 @@ impl<'a> Feed<'a> {
         self.copy.counters.copied += amount.messages;
         self.copy.counters.copied_bytes += amount.bytes;
         self.copy.metered.copied_payload += amount.payload;
-        self.refusals.stored();
+        self.refusals.stored(last.seq);
     }
 
     /// Acknowledges at the source what is stored at the target, where the source asks for that. Where everything that was
@@ -482,7 +484,7 @@ impl<'a> Feed<'a> {
             Err(error) => return Err(error),
         };
         let leader = self.target_info.cluster.as_ref().map(|cluster| cluster.leader.as_str());
-        let over = self.leaves.nearest(leader, over);
+        let over = self.leaves.nearest(leader, &asked.reply, over);
         let limits = &self.job.replication.limits;
         let consumer = format!("SR{}", entropy::name());
         let own = format!("{}.{consumer}", self.subjects.deliver());
@@ -808,17 +810,20 @@ impl<'a> Feed<'a> {
         Ok(())
     }
 
-    /// Makes a target ask again that has everything and does not answer. A slow one stores what it has before it does.
+    /// Makes a target ask again that has everything and does not answer. A slow one stores what it has before it does; with
+    /// replicas it may ask before all of that is stored, so it has longer.
     fn ask_after_silence(&mut self, now: Instant) {
         let Some(Served { session, leaf, .. }) = &self.session else { return };
-        let is_silent = !session.is_settled() && now.duration_since(self.times.stored) > ANSWERS_WITHIN;
+        let replicated = self.target_info.number("num_replicas") > 1;
+        let within = if replicated { REPLICATED_ANSWERS_WITHIN } else { ANSWERS_WITHIN };
+        let is_silent = !session.is_settled() && now.duration_since(self.times.stored) > within;
         let leaf = self.leaves.leaf(*leaf);
         if let Some(subject) = session.subject()
             && is_silent
             && leaf.unwritten() == 0
             && now >= self.times.poke
         {
-            self.times.poke = now + ANSWERS_WITHIN;
+            self.times.poke = now + within;
             leaf.send(subject.as_bytes(), b"", &poke(), b"");
         }
     }

@@ -69,8 +69,9 @@ pub(super) struct Leaves {
     pause: Duration,
     /// What was logged last of an attempt that was refused.
     refusal: String,
-    /// Requests that were read, newest last.
-    replies: VecDeque<String>,
+    /// Reply subjects of requests that were read, newest last, and over which connections they came: with `allow_responses`, a
+    /// leaf user may answer over these only.
+    replies: VecDeque<(String, Vec<LeafKey>)>,
 }
 
 impl Leaves {
@@ -197,21 +198,26 @@ impl Leaves {
     }
 
     /// Whether a request, known by its reply subject, arrives for the first time.
-    pub fn is_new(&mut self, reply: &str) -> bool {
-        if self.replies.iter().any(|known| known == reply) {
+    pub fn is_new(&mut self, reply: &str, over: LeafKey) -> bool {
+        if let Some((_, came_over)) = self.replies.iter_mut().find(|(known, _)| known == reply) {
+            came_over.push(over);
             return false;
         }
         if self.replies.len() == REMEMBERED {
             self.replies.pop_front();
         }
-        self.replies.push_back(reply.to_owned());
+        self.replies.push_back((reply.to_owned(), vec![over]));
         true
     }
 
-    /// The connection to use for a consumer: that of the server that leads the target stream, where no other server is in
-    /// between; else that over which the request came first.
-    pub fn nearest(&self, leader: Option<&str>, asked: LeafKey) -> LeafKey {
-        let is_leader = |node: &&NodeLeaf| leader.is_some_and(|leader| node.leaf.info().server_name == leader);
+    /// The connection to use for the consumer of a request: that of the server that leads the target stream, where no other
+    /// server is in between, if the request came over it, too; else that over which it came first.
+    pub fn nearest(&self, leader: Option<&str>, reply: &str, asked: LeafKey) -> LeafKey {
+        let came_over = self.replies.iter().find(|(known, _)| known == reply).map(|(_, came_over)| came_over);
+        let is_leader = |node: &&NodeLeaf| {
+            leader.is_some_and(|leader| node.leaf.info().server_name == leader)
+                && came_over.is_some_and(|came_over| came_over.contains(&node.key))
+        };
         let there = self.all.iter().find(is_leader).or_else(|| self.all.iter().find(|node| node.key == asked));
         there.or(self.all.first()).map_or(asked, |node| node.key)
     }

@@ -108,6 +108,9 @@ async fn read_source(job: &Job, lane: &mut Lane) -> Result<(StreamInfo, SourceCl
     if let Some(why) = refused {
         return Err(Error::of_source(nats_lane::Error::hold(why)));
     }
+    if job.replication.native.as_ref().is_some_and(|native| native.kind == NativeKind::Source) {
+        job.refuse_echo(&info)?;
+    }
     let clock = SourceClock::new(&ClockReading { sent, received, server: info.ts, local: entropy::now() });
     Ok((info, clock))
 }

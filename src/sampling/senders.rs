@@ -520,6 +520,8 @@ impl Senders {
         }
         if another {
             (self.written_to, self.read) = (position, position);
+            // Their messages were of the other stream: they are not read again.
+            self.forgotten.values_mut().for_each(|forgotten| forgotten.read = forgotten.read.min(position));
         }
         self.written_to.min(position)
     }

@@ -133,8 +133,13 @@ impl ReportPlaces {
 
     /// Asks all of them until the time is over; the answers are in the order of the places.
     pub(super) async fn ask(&self, context: &RequestContext, until: Instant) -> Vec<PlaceAnswer> {
-        let asked: Vec<_> = self.places.iter().map(|place| place.ask(context, until)).collect();
-        stream::iter(asked).buffered(PLACES_AT_ONCE).collect().await
+        let asked =
+            self.places.iter().enumerate().map(|(at, place)| async move { (at, place.ask(context, until).await) });
+        let asked: Vec<_> = asked.collect();
+        // In any order: a silent server keeps no others waiting.
+        let mut answers: Vec<_> = stream::iter(asked).buffer_unordered(PLACES_AT_ONCE).collect().await;
+        answers.sort_unstable_by_key(|(at, _)| *at);
+        answers.into_iter().map(|(_, answer)| answer).collect()
     }
 }
 

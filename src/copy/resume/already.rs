@@ -11,11 +11,21 @@ use crate::config::Mapping;
 pub(in crate::copy) struct Already {
     /// Source sequence and stored time (ms) to target sequence.
     stored: BTreeMap<(u64, i64), u64>,
-    /// Source sequences of the copies that are of this stream, by target subject, where the target has a limit per subject.
-    subjects: HashMap<Box<[u8]>, Vec<u64>>,
+    /// The copies by target subject, where the target has a limit per subject.
+    subjects: HashMap<Box<[u8]>, Vec<SubjectCopy>>,
     keeps: usize,
     /// Room for a mapped subject.
     room: Vec<u8>,
+}
+
+/// A copy that may show that older messages of its subject are not to be sent.
+#[derive(Debug)]
+struct SubjectCopy {
+    seq: u64,
+    /// Stored time at the source, ms.
+    time: i64,
+    /// The source has it: what is before it there is older, whatever the times say.
+    confirmed: bool,
 }
 
 /// How the target already has a source message.
@@ -34,7 +44,8 @@ impl Already {
             let key = (message.origin.seq, message.origin.time_ms);
             already.stored.insert(key, message.target_seq);
             if let Some(subject) = message.subject {
-                already.subjects.entry(subject).or_default().push(key.0);
+                let copy = SubjectCopy { seq: key.0, time: key.1, confirmed: message.confirmed };
+                already.subjects.entry(subject).or_default().push(copy);
             }
         }
         already
@@ -48,6 +59,7 @@ impl Already {
             target_seq,
             complete: false,
             subject: None,
+            confirmed: false,
         };
         Self::new(vec![ours], 0)
     }
@@ -60,7 +72,7 @@ impl Already {
     /// Forgets those after a source sequence.
     pub(super) fn forget_after(&mut self, seq: u64) {
         self.stored.retain(|known, _| known.0 <= seq);
-        self.subjects.values_mut().for_each(|known| known.retain(|known| *known <= seq));
+        self.subjects.values_mut().for_each(|known| known.retain(|known| known.seq <= seq));
     }
 
     /// Messages that wait for their turn.
@@ -92,7 +104,7 @@ impl Already {
         let known = match self.stored.remove(&key) {
             Some(target_seq) => Some(KnownCopy::Stored(target_seq)),
             None if self.keeps > 0 => {
-                let newer = |known: &&u64| **known > seq;
+                let newer = |known: &&SubjectCopy| known.seq > seq && (known.confirmed || known.time >= key.1);
                 let mapped = mapping.apply(subject, &mut self.room);
                 let newer = self.subjects.get(mapped).map_or(0, |known| known.iter().filter(newer).count());
                 (newer >= self.keeps).then_some(KnownCopy::Replaced)
@@ -125,7 +137,7 @@ mod tests {
 
     fn ours(seq: u64, time_ms: i64, target_seq: u64, subject: Option<&str>) -> Ours {
         let subject = subject.map(|subject| Box::from(subject.as_bytes()));
-        Ours { origin: MessageOrigin { seq, time_ms }, target_seq, complete: false, subject }
+        Ours { origin: MessageOrigin { seq, time_ms }, target_seq, complete: false, subject, confirmed: false }
     }
 
     fn take(already: &mut Already, seq: u64, time_ms: i64, subject: &str) -> Option<KnownCopy> {
@@ -154,12 +166,15 @@ mod tests {
 
     #[test]
     fn what_the_target_would_not_keep_beside_newer_ones_is_left_out() {
-        // The clock of the source was set back before 9; the copy of `b` is not of this stream.
-        let stored = || vec![ours(8, 80, 1, Some("a")), ours(9, 45, 2, Some("a")), ours(9, 1, 3, None)];
+        // The clock of the source was set back before 10, which it has; the copy of `b` may be of another stream.
+        let set_back = Ours { confirmed: true, ..ours(10, 45, 4, Some("d")) };
+        let stored =
+            || vec![ours(8, 80, 1, Some("a")), ours(9, 90, 2, Some("a")), ours(9, 1, 3, Some("b")), set_back.clone()];
         let mut one = Already::new(stored(), 1);
         assert_eq!(take(&mut one, 5, 50, "a"), Some(KnownCopy::Replaced));
         assert_eq!(take(&mut one, 6, 60, "b"), None);
         assert_eq!(take(&mut one, 7, 70, "c"), None);
+        assert_eq!(take(&mut one, 7, 70, "d"), Some(KnownCopy::Replaced));
         assert_eq!(take(&mut one, 8, 80, "a"), Some(KnownCopy::Stored(1)));
         // What counts is the subject at the target.
         let mapping = Mapping { prefix: String::new(), remove: "x.".to_owned(), ..Mapping::default() };

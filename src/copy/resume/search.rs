@@ -509,6 +509,7 @@ mod tests {
             target_seq: seq,
             complete: false,
             subject: None,
+            confirmed: false,
         };
         let newest = |wanted: fn(&Ours) -> bool| {
             let Kept { ours, is_cut } = Kept::newest((1..=9).map(at).collect(), 4, wanted);

@@ -69,6 +69,8 @@ pub(in crate::copy) struct Writer {
     fence: bool,
     /// Messages that still carry ids beside the chain: messages of an earlier run with ids may still arrive.
     overlap: usize,
+    /// The greatest limit that a run had of messages in flight, or the default limit.
+    most_in_flight: usize,
     /// The headers that identify messages of earlier runs.
     before: Option<Stamps>,
     /// Headers removed so far.
@@ -108,6 +110,9 @@ impl Writer {
             single,
             fence: false,
             overlap: 0,
+            most_in_flight: usize::try_from(record.most_in_flight)
+                .unwrap_or(usize::MAX)
+                .max(Limits::default().messages_in_flight),
             before: None,
             headers_removed: 0,
         }
@@ -136,8 +141,7 @@ impl Writer {
             self.fence = fast && !self.chained();
         }
         if before.has_ids() && fast && self.chained() {
-            let default = Limits::default().messages_in_flight;
-            self.overlap = self.replication.limits.messages_in_flight.max(default);
+            self.overlap = self.most_in_flight.max(self.replication.limits.messages_in_flight);
         }
         self.before = Some(before);
     }

@@ -1,6 +1,8 @@
 //! Messages that the target refuses. A server does not say that it refuses one: it asks for it again and again. It is the first one
 //! that each of these consumers was given, and `on_reject` says what becomes of it.
 
+use std::collections::BTreeMap;
+
 use nats_lane::{Batch, Lane, jetstream::StreamInfo};
 use tokio::time::Instant;
 use tracing::warn;
@@ -35,7 +37,7 @@ pub(super) struct Refusals {
     /// Refused for good: `on_reject` is applied when it is read.
     refused: Option<(SourceMessage, String)>,
     /// What no consumer is given any more.
-    omitted: Vec<OmittedMessage>,
+    omitted: BTreeMap<u64, OmittedMessage>,
     /// Nothing was stored since the last message was omitted.
     is_row: bool,
     letters: Option<DeadLetters>,
@@ -86,7 +88,7 @@ impl Refusals {
     pub fn of(skip: Option<SourceMessage>, why: Option<String>) -> Self {
         let report = Some((why.unwrap_or_else(|| "skipped by request".to_owned()), PoisonAction::Skipped));
         let omitted = skip.map(|message| OmittedMessage { message, why: NotFed::Refused, report });
-        Self { omitted: omitted.into_iter().collect(), ..Self::default() }
+        Self { omitted: omitted.map(|omitted| (omitted.message.seq, omitted)).into_iter().collect(), ..Self::default() }
     }
 
     /// A consumer is given a message.
@@ -105,10 +107,11 @@ impl Refusals {
         self.delivered |= delivered;
     }
 
-    /// The target has stored something.
-    pub fn stored(&mut self) {
+    /// The target has stored something, up to this source sequence: it does not ask for messages before that again.
+    pub fn stored(&mut self, seq: u64) {
         self.forget();
         self.is_row = false;
+        self.omitted = self.omitted.split_off(&(seq + 1));
     }
 
     /// What was given and not stored was not refused.
@@ -142,7 +145,7 @@ impl Refusals {
             return Ok(RefusalVerdict::Wait);
         }
         let message = message_of(incoming);
-        if let Some(omitted) = self.omitted.iter_mut().find(|omitted| omitted.message == message) {
+        if let Some(omitted) = self.omitted.get_mut(&message.seq).filter(|omitted| omitted.message == message) {
             omitted.report(&judging.job.replication.id, judging.events);
             return Ok(RefusalVerdict::Omit(omitted.why));
         }
@@ -177,7 +180,7 @@ impl Refusals {
                 let report = Some((why, PoisonAction::Skipped));
                 let mut omitted = OmittedMessage { message, why: NotFed::Refused, report };
                 omitted.report(id, judging.events);
-                self.omitted.push(omitted);
+                self.omitted.insert(message.seq, omitted);
                 Ok(RefusalVerdict::Omit(NotFed::Refused))
             }
             OnReject::DeadLetter { subject } => {
@@ -201,7 +204,7 @@ impl Refusals {
         while let Some(letter) = letters.pop() {
             let message = SourceMessage { seq: letter.source.seq, time_ns: letter.source.time_ns.unwrap_or_default() };
             let report = Some((letter.reason, PoisonAction::DeadLettered));
-            self.omitted.push(OmittedMessage { message, why: NotFed::DeadLettered, report });
+            self.omitted.insert(message.seq, OmittedMessage { message, why: NotFed::DeadLettered, report });
         }
         Ok(())
     }
@@ -276,7 +279,7 @@ impl Feed<'_> {
     /// Whether the position stays before a message: after a restart, a target asks again for one that is skipped by request, unless it
     /// has stored a later one.
     pub(super) fn keeps_request(&self, seq: u64) -> bool {
-        self.job.skip.is_some_and(|skip| skip.seq == seq)
+        self.job.skip.is_some_and(|skip| self.position.seq < skip.seq && skip.seq <= seq)
     }
 }
 
@@ -324,7 +327,7 @@ mod tests {
             given(&mut refusals, seq);
             assert_eq!(refused(&mut refusals, start), None, "{start} {seq}");
         }
-        refusals.stored();
+        refusals.stored(7);
         given(&mut refusals, 9);
         assert_eq!(refused(&mut refusals, 8), None);
         // Asked for without having been given.
