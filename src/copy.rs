@@ -32,6 +32,7 @@ pub use feed::{INBOX, feed};
 pub use flow::{budget::Budget, position::PositionWriter, watchdog::Escalation};
 pub(crate) use flow::{logins::LoginWatch, position::Fed, window::MessageSize};
 pub use job::Job;
+pub(crate) use objects::NamedChunks;
 pub(crate) use returned::ReturnedMessages;
 pub use returned::{KnownOrigins, WaysBack};
 pub use samples::{Samples, SeenSender};
