@@ -36,6 +36,7 @@ pub(crate) use flow::{
     window::MessageSize,
 };
 pub use job::Job;
+pub(crate) use objects::NamedChunks;
 pub(crate) use returned::ReturnedMessages;
 pub use returned::{KnownOrigins, WaysBack};
 pub use samples::{Samples, SeenSender};

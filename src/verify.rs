@@ -59,8 +59,6 @@ pub struct VerifyJob {
     pub settled: u64,
     /// Others write to the target, too.
     pub is_shared: bool,
-    /// Descriptions of incomplete objects were skipped.
-    pub skipped_incomplete: bool,
     /// First source sequence to compare; `None` for the first one there is.
     pub from: Option<u64>,
     /// Last source sequence to compare; `None` for all that are settled.

@@ -61,6 +61,64 @@ struct Description {
     deleted: bool,
 }
 
+/// The chunks that the description of an object names.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct NamedChunks {
+    /// Name of the object.
+    object: String,
+    nuid: String,
+    /// Source subject of the chunks.
+    subject: String,
+    /// How many there are at the source.
+    pub chunks: u64,
+}
+
+impl NamedChunks {
+    /// `None` for a message that is copied without regard to chunks.
+    pub fn of(subject: &[u8], payload: &[u8]) -> Option<Self> {
+        let (bucket, b"M", _) = parts(subject)? else { return None };
+        // A description that no reader understands misleads none.
+        let Description { name, nuid, chunks, deleted } = serde_json::from_slice(payload).ok()?;
+        // Whoever may publish a description chooses its nuid. The target is only asked about one subject, in a short request: a
+        // pattern or an endless name could end each run.
+        if deleted || chunks == 0 || !is_token(&nuid) {
+            return None;
+        }
+        let subject = format!("$O.{}.C.{nuid}", String::from_utf8_lossy(bucket));
+        Some(Self { object: name, nuid, subject, chunks })
+    }
+
+    /// How many of them a target stream has.
+    ///
+    /// # Errors
+    ///
+    /// The target did not answer, or another server than the leader of the stream did.
+    pub async fn at_target(&self, lane: &mut Lane, stream: &str, mapping: &Mapping) -> Result<u64, Error> {
+        let api = format!("{}.STREAM.INFO.{stream}", lane.api_prefix());
+        let reply = lane.request(&api, count_request(&self.subject, mapping).as_bytes()).await?;
+        let found = chunks_found(&reply).map_err(|error| error.context("chunks of an object"))?;
+        found.ok_or_else(|| Error::retry(format!("the leader of stream `{stream}` did not answer")))
+    }
+}
+
+/// The request for the number of chunks at the target on a source subject.
+fn count_request(chunks: &str, mapping: &Mapping) -> String {
+    let mut room = Vec::new();
+    let mapped = mapping.apply(chunks.as_bytes(), &mut room);
+    json!({ "subjects_filter": String::from_utf8_lossy(mapped) }).to_string()
+}
+
+/// The answer to it; `None` if it is not of the leader of the stream.
+fn chunks_found(answer: &[u8]) -> Result<Option<u64>, Error> {
+    if leaders_info(answer)?.is_none() {
+        return Ok(None);
+    }
+    let info: Value = decode(answer)?;
+    let counts = info.pointer("/state/subjects").and_then(Value::as_object);
+    let counts = counts.into_iter().flat_map(|counts| counts.values()).filter_map(Value::as_u64);
+    Ok(Some(counts.fold(0, u64::saturating_add)))
+}
+
 /// Chunks that were sent, of one store.
 #[derive(Debug, Default)]
 struct Objects {
@@ -73,25 +131,18 @@ struct Objects {
 impl Objects {
     /// Decides about a message that is to be copied.
     fn judge(&self, subject: &[u8], payload: &[u8]) -> Pass {
-        let Some((bucket, b"M", _)) = parts(subject) else { return Pass::Send };
-        // A description that no reader understands misleads none.
-        let Ok(Description { name, nuid, chunks, deleted }) = serde_json::from_slice(payload) else {
+        let Some(NamedChunks { object, nuid, subject, chunks }) = NamedChunks::of(subject, payload) else {
             return Pass::Send;
         };
-        // Whoever may publish a description chooses its nuid. The target is only asked about one subject, in a short request: a
-        // pattern or an endless name could end each run.
-        if !is_token(&nuid) {
-            return Pass::Send;
-        }
-        if deleted || chunks == 0 || self.sent.get(nuid.as_bytes()) == Some(&chunks) {
+        if self.sent.get(nuid.as_bytes()) == Some(&chunks) {
             return Pass::Send;
         }
         match &self.answer {
             Some((of, found)) if **of == *nuid.as_bytes() => {
                 let found = *found;
-                if found == chunks { Pass::Send } else { Pass::Skip(Incomplete { object: name, chunks, found }) }
+                if found == chunks { Pass::Send } else { Pass::Skip(Incomplete { object, chunks, found }) }
             }
-            _ => Pass::Ask(format!("$O.{}.C.{nuid}", String::from_utf8_lossy(bucket))),
+            _ => Pass::Ask(subject),
         }
     }
 
@@ -164,11 +215,8 @@ impl Gate {
     pub fn ask_chunks(&mut self, chunks: String, settled: bool, lane: &mut Lane, mapping: &Mapping, now: Instant) {
         let waits = self.question.as_ref().is_some_and(|question| now < question.asked + ASK_AGAIN);
         if settled && !waits {
-            let mut room = Vec::new();
-            let mapped = mapping.apply(chunks.as_bytes(), &mut room);
-            let subjects = json!({ "subjects_filter": String::from_utf8_lossy(mapped) });
             let api = format!("{}.STREAM.INFO.{}", lane.api_prefix(), self.stream);
-            let reply = lane.send_request(&api, subjects.to_string().as_bytes());
+            let reply = lane.send_request(&api, count_request(&chunks, mapping).as_bytes());
             self.question = Some(ChunkRequest { reply, chunks, asked: now });
         }
     }
@@ -183,15 +231,9 @@ impl Gate {
         let Some(question) = &self.question else { return Ok(()) };
         let answer = batch.iter().find(|m| m.sid == Lane::REQUEST_SID && m.subject == question.reply.as_bytes());
         let Some(answer) = answer else { return Ok(()) };
-        let wrong = |error: Error| error.context("chunks of an object");
-        if leaders_info(answer.payload).map_err(wrong)?.is_none() {
-            // It is asked again.
-            return Ok(());
-        }
-        let info: Value = decode(answer.payload).map_err(wrong)?;
-        let counts = info.pointer("/state/subjects").and_then(Value::as_object);
-        let counts = counts.into_iter().flat_map(|counts| counts.values()).filter_map(Value::as_u64);
-        let found = counts.fold(0, u64::saturating_add);
+        let found = chunks_found(answer.payload).map_err(|error| error.context("chunks of an object"))?;
+        // Of another server than the leader: it is asked again.
+        let Some(found) = found else { return Ok(()) };
         self.objects.answered(&question.chunks, found);
         self.question = None;
         Ok(())

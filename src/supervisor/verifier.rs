@@ -330,7 +330,6 @@ async fn job(context: &Context, mark: &VerifyMark, epoch: u64) -> Result<VerifyJ
         generation: record.generation,
         settled,
         is_shared,
-        skipped_incomplete: row.copy.counters.skipped_incomplete > 0,
         from: mark.from,
         to: mark.to,
         sample,

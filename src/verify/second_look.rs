@@ -20,7 +20,7 @@ use super::{
 use crate::{
     config::{OnReject, Start},
     copy::{
-        source::reader::Incoming,
+        NamedChunks,
         target::{provenance::Tag, replay::letter_tag},
     },
     status::{DifferenceExample, DifferenceKind, ExpectedCause},
@@ -33,6 +33,15 @@ const REMEMBERED: usize = 200_000;
 /// Why nothing is repaired where more late copies may be there than are remembered.
 const MANY_LATE: &str = "more messages than can be remembered are out of place at the target, so that they may be there: compare \
                          smaller ranges, with `from` and `to`";
+/// Why nothing is repaired where more dead letters may be there than are remembered.
+const MANY_LETTERS: &str = "more of them than can be remembered are in the dead letter stream, so that others may be there, too: \
+                            compare smaller ranges, with `from` and `to`";
+/// Why nothing is repaired where messages without a copy were not read again.
+const MANY_GAPS: &str = "they are in more separate ranges than can be kept, so that not all were read again: compare smaller ranges, with \
+                         `from` and `to`";
+/// Why nothing is repaired where descriptions of objects were not looked up.
+const MANY_OBJECTS: &str = "more messages of an object store are missing than are looked up, so that the chunks of some objects may be \
+                            missing, too: compare smaller ranges, with `from` and `to`";
 /// Why nothing is repaired where the first copy of the target is not known.
 const UNKNOWN_FRONT: &str = "the first copy that the target has was not found, so that a limit of the target may have removed them, or \
                              they are before the configured start: compare again";
@@ -58,6 +67,8 @@ struct LookedAgain {
     /// Messages that are missing beside those.
     expected: BTreeMap<ExpectedCause, u64>,
     late: Vec<LateCopy>,
+    /// Messages that had no copy at the first read and were not read again; they are among the missing ones.
+    not_judged: u64,
     doubt: Option<&'static str>,
 }
 
@@ -68,6 +79,25 @@ impl LookedAgain {
         if self.examples.len() < EXAMPLES {
             self.examples.push(candidate());
         }
+    }
+
+    fn expect(&mut self, cause: ExpectedCause) {
+        *self.expected.entry(cause).or_default() += 1;
+    }
+
+    /// Adds the messages in ranges that the first read could not keep, after all others. `keeps_fewer`: the target keeps fewer
+    /// messages of each subject than the source, which explains them as it explains those that are not looked up.
+    fn add_beyond(&mut self, beyond: u64, keeps_fewer: bool) {
+        if beyond == 0 {
+            return;
+        }
+        if keeps_fewer {
+            *self.expected.entry(ExpectedCause::RemovedAtTarget).or_default() += beyond;
+            return;
+        }
+        self.missing.beyond += beyond;
+        self.not_judged = beyond;
+        self.doubt = self.doubt.or(Some(MANY_GAPS));
     }
 }
 
@@ -100,16 +130,15 @@ struct Explanations {
     now_ns: i64,
     /// Largest message that the target takes.
     largest: Option<usize>,
-    dead_letters: HashSet<u64>,
-    /// Subjects of the descriptions of objects begin with this, where some were skipped.
-    incomplete: Option<String>,
+    dead_letters: LetterOrigins,
+    /// Subjects of the descriptions of objects begin with this.
+    descriptions: Option<String>,
     /// Why these may not be all.
     doubt: Option<&'static str>,
 }
 
 impl Explanations {
-    fn cause(&self, incoming: &Incoming<'_>, bytes: usize) -> Option<ExpectedCause> {
-        let (delivery, message) = (&incoming.delivery, &incoming.message);
+    fn cause(&self, delivery: &Delivery, message: &Message<'_>, bytes: usize) -> Option<ExpectedCause> {
         let seq = delivery.stream_seq;
         if self.removed_before.is_some_and(|first| seq < first) {
             return Some(ExpectedCause::RemovedAtTarget);
@@ -129,11 +158,34 @@ impl Explanations {
             }
         }
         let too_large = self.largest.is_some_and(|largest| message.header.len() + bytes + ADDED > largest);
-        if too_large || self.dead_letters.contains(&seq) {
-            return Some(ExpectedCause::Rejected);
+        (too_large || self.dead_letters.seqs.contains(&seq)).then_some(ExpectedCause::Rejected)
+    }
+
+    /// Whether a subject is that of a description of an object.
+    fn describes(&self, subject: &[u8]) -> bool {
+        self.descriptions.as_ref().is_some_and(|prefix| subject.starts_with(prefix.as_bytes()))
+    }
+}
+
+/// Source sequences of messages without a copy that are in the dead letter stream.
+#[derive(Debug, Default)]
+struct LetterOrigins {
+    seqs: HashSet<u64>,
+    /// There are more than are remembered.
+    are_more: bool,
+}
+
+impl LetterOrigins {
+    fn add(&mut self, seq: u64) {
+        if self.seqs.len() < REMEMBERED {
+            self.seqs.insert(seq);
+        } else {
+            self.are_more |= !self.seqs.contains(&seq);
         }
-        let is_object = self.incomplete.as_ref().is_some_and(|prefix| message.subject.starts_with(prefix.as_bytes()));
-        is_object.then_some(ExpectedCause::Incomplete)
+    }
+
+    fn doubt(&self) -> Option<&'static str> {
+        self.are_more.then_some(MANY_LETTERS)
     }
 }
 
@@ -186,6 +238,20 @@ impl StreamComparison<'_> {
         }
         let list = self.merge.list(DifferenceKind::Missing);
         list.add_missing(&looked.missing);
+        if looked.not_judged > 0 {
+            let kept = missing.ranges();
+            list.example(DifferenceExample {
+                source_seq: kept.last().map(|range| range.to),
+                target_seq: None,
+                subject: None,
+                detail: format!(
+                    "is the last of {} ranges without a copy that can be kept: {} messages after it had no copy and were not read \
+                     again, so that some may rightly have none; compare from here on, with `from`",
+                    kept.len(),
+                    looked.not_judged
+                ),
+            });
+        }
         confirmed.ranges = looked.missing;
         for candidate in looked.examples {
             list.example(DifferenceExample {
@@ -230,27 +296,35 @@ impl StreamComparison<'_> {
                 }
                 let bytes =
                     headers::last(message.header, b"Nats-Msg-Size").and_then(number).unwrap_or_default() as usize;
-                if let Some(cause) = explanations.cause(incoming, bytes) {
-                    *looked.expected.entry(cause).or_default() += 1;
+                if let Some(cause) = explanations.cause(&incoming.delivery, message, bytes) {
+                    looked.expect(cause);
                     rest.missing.close();
                     return;
                 }
                 let candidate =
                     || Candidate { seq, subject: String::from_utf8_lossy(message.subject).into_owned(), bytes };
-                if by_subject && asked.len() < LOOK_UPS {
+                // Of an object store all are, so that they stay in order.
+                if (by_subject || explanations.descriptions.is_some()) && asked.len() < LOOK_UPS {
                     asked.push(candidate());
                 } else if keeps_fewer {
                     // As the first ones, which were looked up.
-                    *looked.expected.entry(ExpectedCause::RemovedAtTarget).or_default() += 1;
+                    looked.expect(ExpectedCause::RemovedAtTarget);
                 } else {
+                    if explanations.describes(message.subject) {
+                        looked.doubt = looked.doubt.or(Some(MANY_OBJECTS));
+                    }
                     rest.add(seq, candidate);
                 }
             })
             .await?;
         }
         for candidate in asked {
-            if self.is_replaced(&mut sides, &candidate).await? {
-                *looked.expected.entry(ExpectedCause::RemovedAtTarget).or_default() += 1;
+            if by_subject && self.is_replaced(&mut sides, &candidate).await? {
+                looked.expect(ExpectedCause::RemovedAtTarget);
+            } else if explanations.describes(candidate.subject.as_bytes())
+                && self.is_incomplete(&mut sides, &candidate).await?
+            {
+                looked.expect(ExpectedCause::Incomplete);
             } else {
                 looked.missing.close();
                 looked.add(candidate.seq, || candidate);
@@ -258,6 +332,7 @@ impl StreamComparison<'_> {
         }
         looked.missing.append(&rest.missing);
         looked.examples.extend(rest.examples);
+        looked.add_beyond(missing.beyond, keeps_fewer);
         self.sides = Some(sides);
         Ok(looked)
     }
@@ -310,6 +385,17 @@ impl StreamComparison<'_> {
         Ok(still.is_none())
     }
 
+    /// Whether the target has other chunks than a description names, for which the copy skips it.
+    async fn is_incomplete(&mut self, sides: &mut BothSides, candidate: &Candidate) -> Result<bool, Error> {
+        let source = stream_name(&sides.source.info).to_owned();
+        let found = Api::new(&mut sides.source.lane).whole_message(&source, candidate.seq).await?;
+        let named = found.and_then(|(_, payload)| NamedChunks::of(candidate.subject.as_bytes(), &payload));
+        let Some(named) = named else { return Ok(false) };
+        let target = stream_name(&sides.target.info).to_owned();
+        let chunks = named.at_target(&mut sides.target.lane, &target, &self.job.replication.mapping).await?;
+        Ok(chunks != named.chunks)
+    }
+
     fn origin_of(&self, message: &StoredMessage) -> Option<(u64, bool)> {
         let delivery = Delivery { stream_seq: message.sequence, consumer_seq: 1, time_ns: message.time_ns, pending: 0 };
         self.prints.origin(&delivery, &message.header).map(|(seq, _, repaired)| (seq, repaired))
@@ -343,15 +429,25 @@ impl StreamComparison<'_> {
         let matters = is_limited && first_seq > 1 || replication.start != Start::All;
         let doubt = (matters && front.is_none()).then_some(UNKNOWN_FRONT);
         let start = first.filter(|_| replication.start != Start::All);
-        let mut dead_letters = HashSet::new();
+        let mut dead_letters = LetterOrigins::default();
         if let OnReject::DeadLetter { subject } = &replication.on_reject {
             let tag = letter_tag(replication, &self.job.site);
-            dead_letters = read_letters(&mut sides.source, subject, &tag).await?;
+            dead_letters = read_letters(&mut sides.source, subject, &tag, missing).await?;
         }
+        let doubt = doubt.or(dead_letters.doubt());
         let bucket = replication.source.stream.strip_prefix("OBJ_");
-        let incomplete = bucket.filter(|_| self.job.skipped_incomplete).map(|bucket| format!("$O.{bucket}.M."));
+        let descriptions = bucket.map(|bucket| format!("$O.{bucket}.M."));
         let now_ns = source_time_ns(&sides.source);
-        Ok(Explanations { removed_before, start, ttl, now_ns, largest: Some(largest), dead_letters, incomplete, doubt })
+        Ok(Explanations {
+            removed_before,
+            start,
+            ttl,
+            now_ns,
+            largest: Some(largest),
+            dead_letters,
+            descriptions,
+            doubt,
+        })
     }
 
     /// The source sequence of the first copy that the target has.
@@ -515,10 +611,15 @@ fn spans(missing: &MissingRanges) -> Vec<(u64, u64)> {
     }
 }
 
-/// Source sequences of the messages that became dead letters and are still there.
-async fn read_letters(source: &mut StreamSide, subject: &str, tag: &Tag) -> Result<HashSet<u64>, Error> {
+/// Those of the messages without a copy that became dead letters and are still there.
+async fn read_letters(
+    source: &mut StreamSide,
+    subject: &str,
+    tag: &Tag,
+    missing: &MissingRanges,
+) -> Result<LetterOrigins, Error> {
     let streams = Api::new(&mut source.lane).stream_names(subject).await?;
-    let mut letters = HashSet::new();
+    let mut letters = LetterOrigins::default();
     let own = stream_name(&source.info).to_owned();
     let Some(stream) = streams.into_iter().find(|stream| *stream != own) else { return Ok(letters) };
     let info = Api::new(&mut source.lane).stream_info(&stream).await?;
@@ -528,10 +629,8 @@ async fn read_letters(source: &mut StreamSide, subject: &str, tag: &Tag) -> Resu
     let filters = [subject.to_owned()];
     let wanted = WantedRange { filters: &filters, from: 1, to: last, headers_only: true };
     let read = read_each(source, wanted, |incoming| {
-        if let Some(origin) = tag.origin(incoming.message.header)
-            && letters.len() < REMEMBERED
-        {
-            letters.insert(origin.seq);
+        if let Some(origin) = tag.origin(incoming.message.header).filter(|origin| missing.contains(origin.seq)) {
+            letters.add(origin.seq);
         }
     })
     .await;
@@ -569,5 +668,81 @@ fn header_words(expected: &[u8], found: &[u8]) -> String {
         [] => "the headers are in another order, or occur another number of times".to_owned(),
         [name] => format!("header {name} differs"),
         names => format!("headers {} differ", names[..names.len().min(5)].join(", ")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::verify::{
+        fingerprint::{Fingerprint, SourceMark},
+        merge::Merge,
+    };
+
+    #[test]
+    fn what_could_not_be_kept_is_counted_and_doubted() {
+        // Each second message has no copy, in 60,000 separate ranges.
+        let mut merge = Merge::new();
+        merge.begin(1, 120_000);
+        for seq in 1..=120_000 {
+            let content = Fingerprint { subject: 1, headers: 2, payload: seq };
+            if seq % 2 == 0 {
+                let time = Some(CopyTime::Ms(seq as i64));
+                merge.copy_read(TargetMark { seq, time, target_seq: seq / 2, repaired: false, content });
+            }
+            merge.source(SourceMark { seq, time_ns: seq as i64 * 1_000_000, content }, None);
+        }
+        let missing = merge.end();
+        assert_eq!((missing.ranges().len(), missing.beyond), (50_000, 10_000));
+        // The second read confirms the ranges that were kept.
+        let mut looked = LookedAgain::default();
+        for range in missing.ranges() {
+            looked.add(range.from, || Candidate { seq: range.from, subject: "a".to_owned(), bytes: 1 });
+            looked.missing.close();
+        }
+        looked.add_beyond(missing.beyond, false);
+        assert_eq!((looked.missing.messages(), looked.not_judged, looked.doubt), (60_000, 10_000, Some(MANY_GAPS)));
+        // A target that keeps fewer of each subject explains them.
+        let mut looked = LookedAgain::default();
+        looked.add_beyond(missing.beyond, true);
+        assert_eq!((looked.missing.messages(), looked.doubt), (0, None));
+        assert_eq!(looked.expected[&ExpectedCause::RemovedAtTarget], 10_000);
+        looked.add_beyond(0, false);
+        assert_eq!(looked.doubt, None);
+    }
+
+    #[test]
+    fn more_dead_letters_than_are_remembered_are_doubted() {
+        let mut letters = LetterOrigins::default();
+        (0..REMEMBERED as u64).for_each(|seq| letters.add(seq));
+        // Again, after a replay.
+        letters.add(7);
+        assert_eq!((letters.seqs.len(), letters.doubt()), (REMEMBERED, None));
+        letters.add(REMEMBERED as u64);
+        assert_eq!((letters.seqs.len(), letters.doubt()), (REMEMBERED, Some(MANY_LETTERS)));
+    }
+
+    #[test]
+    fn a_copy_that_outlived_its_time_is_expected() {
+        let second = 1_000_000_000;
+        let explain = |ttl: bool, value: &str, age: i64| {
+            let explanations = Explanations { ttl, now_ns: 1_000 * second, ..Explanations::default() };
+            let header = format!("NATS/1.0\r\nNats-TTL: {value}\r\n\r\n");
+            let delivery = Delivery { stream_seq: 5, consumer_seq: 5, time_ns: (1_000 - age) * second, pending: 0 };
+            let message = Message { sid: 1, subject: b"orders.1", reply: b"", header: header.as_bytes(), payload: b"" };
+            explanations.cause(&delivery, &message, 0)
+        };
+        let removed = Some(ExpectedCause::RemovedAtTarget);
+        for (ttl, value, age, expect) in [
+            (true, "60", 61, removed),
+            (true, "1m", 61, removed),
+            (true, "60", 30, None),
+            (true, "1h", 61, None),
+            (true, "never", 999, None),
+            // Not acted on.
+            (false, "60", 61, None),
+        ] {
+            assert_eq!(explain(ttl, value, age), expect, "{ttl} {value} {age}");
+        }
     }
 }

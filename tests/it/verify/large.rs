@@ -1,4 +1,4 @@
-//! Half a million messages with one difference of each kind.
+//! Half a million messages with one difference of each kind, and more gaps than are kept.
 
 use std::time::Duration;
 
@@ -56,5 +56,29 @@ async fn five_differences_among_500_000_messages_are_named() -> Result<()> {
     assert_eq!(ranges(&found, "order"), [(100_000, 100_000), (400_000, 400_000)]);
     assert_eq!((&found["findings"], &found["source_messages"]), (&json!(6), &json!(MESSAGES)), "{found:#}");
     assert!(usage.rss_peak < before + 64 * MIB, "{} MiB became {} MiB", before / MIB, usage.rss_peak / MIB);
+    Ok(())
+}
+
+/// Each second message has no copy: more separate ranges than are kept.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "110,000 messages three times: make check-long"]
+async fn more_gaps_than_are_kept_are_counted_and_not_repaired() -> Result<()> {
+    let site = Site::start().await?;
+    site.source_stream(ID, json!({})).await?.publish_all((1..=110_000).map(numbered)).await?;
+    site.add(ID, json!({})).await?;
+    site.settled_within(ID, 110_000, Duration::from_secs(120)).await?;
+    tamper(&site, ID, |messages| messages.retain(|message| message.seq.is_multiple_of(2))).await?;
+    let found = verified(&site, ID, json!({"repair": true})).await?;
+    assert_eq!((&found["state"], &found["findings"]), (&json!("done"), &json!(55_000)), "{found:#}");
+    assert_eq!((&found["repaired"]["stored"], &found["repaired"]["left"]), (&json!(0), &json!(55_000)), "{found:#}");
+    let reason = found["repaired"]["reason"].as_str().unwrap_or_default();
+    assert!(reason.starts_with("they are in more separate ranges than can be kept"), "{reason}");
+    let examples = found["differences"][0]["examples"].as_array().map_or(&[][..], Vec::as_slice);
+    let said = "5000 messages after it had no copy and were not read again";
+    assert!(examples[0]["detail"].as_str().is_some_and(|detail| detail.contains(said)), "{found:#}");
+    assert_eq!(examples[0]["source_seq"], 99_999, "{found:#}");
+    // From there on all are judged.
+    let found = verified(&site, ID, json!({"from": 100_000})).await?;
+    assert_eq!(found["findings"], 5_000, "{found:#}");
     Ok(())
 }

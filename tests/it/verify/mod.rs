@@ -1,6 +1,7 @@
 //! Comparing both streams: each kind of difference is found and named, and what is equal, or differs for a known reason, gives no
 //! finding.
 
+mod causes;
 mod clean;
 mod findings;
 mod jobs;
