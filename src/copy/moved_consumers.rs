@@ -199,6 +199,10 @@ impl ConsumerMover<'_> {
             if is_of_earlier_stream(&there.config, config) {
                 return Ok(ConsumerOutcome::Refused(self.of_earlier_stream(name)));
             }
+            if let Some(created) = plan::loses_its_stream(&there.config, config) {
+                let why = self.of_unknown_stream(name, created);
+                return Ok(ConsumerOutcome::Refused(why));
+            }
             if plan::is_same(&there.config, config) {
                 return Ok(ConsumerOutcome::Current);
             }
@@ -217,6 +221,16 @@ impl ConsumerMover<'_> {
         format!(
             "consumer `{name}` keeps its position in stream `{stream}` as it was before the source recreated it; delete it at the \
              target to have it created for the stream of now"
+        )
+    }
+
+    /// Without its stream, a consumer would be taken for one of the stream of now after the source has recreated it.
+    fn of_unknown_stream(&self, name: &str, created: &str) -> String {
+        let stream = &self.replication.source.stream;
+        format!(
+            "consumer `{name}` has its position in stream `{stream}` that was created at {created}, and the import does not say \
+             which stream its position is of; import what `consumers export` prints now, or delete the consumer at the target to \
+             have it created from this import"
         )
     }
 

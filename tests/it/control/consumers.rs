@@ -394,6 +394,55 @@ async fn an_export_is_imported_at_the_target() -> Result<()> {
     Ok(())
 }
 
+/// What an import does not say, the source stream of its positions, is not lost for a consumer that has it.
+#[tokio::test]
+async fn an_import_keeps_the_stream_of_a_position() -> Result<()> {
+    let site = Site::start().await?;
+    site.filled(ID, 50).await?;
+    let (mut source, mut target) = (site.source().await?, site.target().await?);
+    for name in ["billing", "shop"] {
+        create(&mut source, ID, name, json!({})).await?;
+    }
+    site.add(ID, json!({})).await?;
+    site.settled(ID, 50).await?;
+    let mut exported = site.cli().json(["consumers", "export", ID]).await?;
+    for one in exported["consumers"].as_array_mut().context("consumers")? {
+        one.as_object_mut().context("a consumer")?.remove("error");
+    }
+    let mut by_hand = exported.clone();
+    for (at, one) in by_hand["consumers"].as_array_mut().context("consumers")?.iter_mut().enumerate() {
+        one["config"]["metadata"] = json!({});
+        (one["position"], one["start"]) = (json!(10 + at), json!(11 + at));
+    }
+    let import = async |what: &Value| -> Result<Vec<Value>> {
+        let asked = json!({"replication": ID, "consumers": what["consumers"]});
+        let mut done = request(&site.client, "replicator.consumers.import", asked).await?;
+        done["consumers"].as_array_mut().map(std::mem::take).context("consumers")
+    };
+    // By hand, consumers are created and moved, as long as nothing else is known of them.
+    assert!(import(&by_hand).await?.iter().all(|one| one["outcome"] == "created"));
+    assert!(import(&exported).await?.iter().all(|one| one["outcome"] == "moved"));
+    let before = info(&mut target, ID, "billing").await.context("it is there")?;
+    let created = &before["config"]["metadata"]["stream-replicator.source-created"];
+    let created = created.as_str().with_context(|| format!("no stream in {before}"))?.to_owned();
+    for one in import(&by_hand).await? {
+        let name = one["name"].as_str().unwrap_or_default();
+        assert_eq!(one["outcome"], "refused", "{one}");
+        let start = format!("consumer `{name}` has its position in stream `{ID}` that was created at {created}");
+        let reason = one["reason"].as_str().unwrap_or_default();
+        assert!(reason.starts_with(&start) && reason.contains("delete the consumer at the target"), "{one}");
+    }
+    let after = info(&mut target, ID, "billing").await.context("it is there")?;
+    assert_eq!((&after["config"], &after["created"]), (&before["config"], &before["created"]));
+    // What the error says.
+    assert!(import(&exported).await?.iter().all(|one| one["outcome"] == "current"));
+    target.api(&format!("CONSUMER.DELETE.{ID}.billing"), Value::Null).await?;
+    let again = import(&by_hand).await?;
+    let outcomes: Vec<_> = again.iter().map(|one| (one["name"].as_str(), one["outcome"].as_str())).collect();
+    assert_eq!(outcomes, [(Some("billing"), Some("created")), (Some("shop"), Some("refused"))]);
+    Ok(())
+}
+
 /// `config.validate` names what the login may not do.
 #[tokio::test]
 async fn a_missing_permission_is_named() -> Result<()> {
