@@ -443,6 +443,56 @@ async fn an_import_keeps_the_stream_of_a_position() -> Result<()> {
     Ok(())
 }
 
+/// What the target refuses is in the status, in an event and in a metric, until it is mended.
+#[tokio::test]
+async fn a_refused_consumer_is_named_until_it_is_mended() -> Result<()> {
+    const METRIC: &str = "choria_stream_replicator_replicator_consumers_failing";
+    let mut site = Site::builder().args(["--monitor", "127.0.0.1:0"]).start().await?;
+    site.filled(ID, 20).await?;
+    let (mut source, mut target) = (site.source().await?, site.target().await?);
+    // There, deliveries of a consumer would be stored again.
+    target.create_stream(ID, json!({"subjects": ["orders.>", "pushed.>"]})).await?;
+    create(&mut source, ID, "pulled", json!({})).await?;
+    create(&mut source, ID, "pushed", json!({"deliver_subject": "pushed.here"})).await?;
+    site.add(ID, json!({"consumers": ["*"]})).await?;
+    let row = site.row_when(ID, "names it", |row| row["consumers"]["failing"] == 1).await?;
+    let error = &row["consumers"]["errors"][0];
+    assert_eq!((&error["consumer"], &row["state"]), (&json!("pushed"), &json!("running")), "{row}");
+    let message = error["message"].as_str().context("a message")?;
+    assert!(message.contains("cycle"), "{row}");
+    let event = site.events.wait("consumer-refused", ID).await?;
+    assert_eq!((&event["consumer"], &event["message"]), (&json!("pushed"), &json!(message)), "{event}");
+    let metric = async |expect: u64| {
+        let what = format!("{METRIC} {expect}");
+        wait_for(&what, LIMIT, async || {
+            let (_, page) = site.service.get("/metrics").await.unwrap_or_default();
+            page.lines().any(|line| line.starts_with(METRIC) && line.ends_with(&format!(" {expect}")))
+        })
+        .await
+    };
+    metric(1).await?;
+    let shown = site.cli().ok(["status", ID]).await?;
+    assert!(shown.contains("pushed is not kept at the target: ") && shown.contains("cycle"), "{shown}");
+    // A row that is saved outlives the instance; what it says is not published again.
+    site.publish(ID, 21..=30).await?;
+    let row = site.settled(ID, 30).await?;
+    assert_eq!(row["consumers"]["failing"], 1, "{row}");
+    assert!(info(&mut target, ID, "pulled").await.is_some() && info(&mut target, ID, "pushed").await.is_none());
+    assert_eq!(site.events.told("consumer-refused").len(), 1);
+    let mut config = target.api(&format!("STREAM.INFO.{ID}"), Value::Null).await?["config"].take();
+    config["subjects"] = json!(["orders.>"]);
+    target.api(&format!("STREAM.UPDATE.{ID}"), config).await?;
+    let mended = |row: &Value| row["consumers"] == json!({"failing": 0, "errors": []});
+    site.row_when(ID, "is mended", mended).await?;
+    metric(0).await?;
+    assert!(info(&mut target, ID, "pushed").await.is_some());
+    assert!(!site.cli().ok(["status", ID]).await?.contains("not kept at the target"));
+    // Without the field, nothing is said of consumers.
+    request(&site.client, "replicator.config.update", site.document_with(ID, json!({}))).await?;
+    site.row_when(ID, "has no consumers", |row| row["consumers"].is_null() && row["state"] == "running").await?;
+    Ok(())
+}
+
 /// `config.validate` names what the login may not do.
 #[tokio::test]
 async fn a_missing_permission_is_named() -> Result<()> {

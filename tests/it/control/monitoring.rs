@@ -13,7 +13,7 @@ use stream_replicator::metrics::{
     self, AdapterReading, Detail, ElectionReading, HeartbeatReading, HeartbeatSubject, InstanceReading,
 };
 use stream_replicator::status::{
-    CopyStatus, Headroom, Lag, LastError, Position, RetentionLimit, Row, SamplingStatus, State,
+    ConsumersStatus, CopyStatus, Headroom, Lag, LastError, Position, RetentionLimit, Row, SamplingStatus, State,
 };
 
 use super::schemas::is_current;
@@ -49,6 +49,7 @@ fn everything() -> Result<String> {
         headroom: Some(Headroom { seconds: 1.0, limit: RetentionLimit::Age, low_below: 60.0 }),
         position: Position { source_seq: 1, target_seq: 1 },
         sampling: Some(SamplingStatus::default()),
+        consumers: Some(ConsumersStatus::default()),
         last_error: Some(LastError::now("retry", "timed out")),
         ..CopyStatus::default()
     };
