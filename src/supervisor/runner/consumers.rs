@@ -95,6 +95,7 @@ impl ConsumerRefresh {
                 installation: &deps.installation,
                 source: &mut lanes.0,
                 target: &mut lanes.1,
+                until: None,
             };
             let refreshed = timeout(REFRESH_WITHIN, mover.refresh(&selection, &mut known)).await;
             let refreshed =
@@ -134,7 +135,7 @@ impl ConsumerRefresh {
                         ConsumerOutcome::Moved => {
                             debug!(replication = id, consumer = name, position, start, "consumer moved at the target");
                         }
-                        ConsumerOutcome::Current | ConsumerOutcome::InUse => {}
+                        ConsumerOutcome::Current | ConsumerOutcome::InUse | ConsumerOutcome::Late => {}
                     }
                 }
             }

@@ -394,6 +394,74 @@ async fn an_export_is_imported_at_the_target() -> Result<()> {
     Ok(())
 }
 
+/// A mirror whose target is reached over a proxy, and its consumer `billing` at position 10.
+async fn mirrored_over(proxy: &Proxy, site: &Site, consumers: Value) -> Result<()> {
+    let mut document = request(&site.client, "replicator.config.get", json!({"replication": ID})).await?;
+    let document = merged(document["config"].take(), json!({"target_url": proxy.url(), "consumers": consumers}));
+    request(&site.client, "replicator.config.update", document).await?;
+    take(&site.source.url(), ID, "billing", 10, |_| true).await?;
+    wait_position(&mut site.target().await?, ID, "billing", 10).await.map(drop)
+}
+
+/// A promotion that has no time for all consumers is refused, and forced it names the others.
+#[tokio::test]
+async fn a_promotion_names_consumers_it_had_no_time_for() -> Result<()> {
+    const CONSUMERS: usize = 101;
+    let site = started(Fill::Mirror, 100).await?;
+    let (mut source, mut target) = (site.source().await?, site.target().await?);
+    for i in 1..CONSUMERS {
+        create(&mut source, ID, &format!("c{i}"), json!({})).await?;
+    }
+    let proxy = Proxy::start(site.target.port()).await?;
+    mirrored_over(&proxy, &site, json!(["billing", "c*"])).await?;
+    let all = async |target: &mut Raw| {
+        let listed = target.api(&format!("CONSUMER.LIST.{ID}"), Value::Null).await.unwrap_or_default();
+        let listed = listed["consumers"].as_array().map(Vec::len);
+        if listed == Some(CONSUMERS) { Ok(()) } else { Err(listed) }
+    };
+    wait_while_moving("all of them at the target", LIMIT, async || all(&mut target).await).await?;
+    // Each takes a round trip, even one that is current.
+    proxy.latency(BOTH, Duration::from_millis(15));
+    let ended = site.send("promote", json!({"replication": ID})).await?;
+    refused(&ended, 503, "there was no time left for it; try again, or use `force`");
+    refused(&ended, 503, " more: ");
+    let mirror = target.api(&format!("STREAM.INFO.{ID}"), Value::Null).await?;
+    assert!(mirror["config"]["mirror"].is_object(), "{mirror}");
+    site.publish(ID, 101..=110).await?;
+    site.settled(ID, 110).await?;
+    let promoted = request(&site.client, "replicator.promote", json!({"replication": ID, "force": true})).await?;
+    let moved = promoted["consumers"].as_array().context("consumers")?;
+    let late: Vec<_> = moved.iter().filter(|one| one["outcome"] == "not_refreshed").collect();
+    assert_eq!(moved.len(), CONSUMERS, "{promoted}");
+    assert!(!late.is_empty() && late.iter().all(|one| one["reason"] == "there was no time left for it"), "{promoted}");
+    println!("{} of {CONSUMERS} were not refreshed", late.len());
+    let stream = target.api(&format!("STREAM.INFO.{ID}"), Value::Null).await?;
+    assert!(stream["config"].get("mirror").is_none(), "{stream}");
+    all(&mut target).await.map_err(|listed| anyhow::anyhow!("{listed:?} consumers are left"))
+}
+
+/// Without its source, a mirror is promoted with the consumers of the last pass, and the answer says so.
+#[tokio::test]
+async fn a_promotion_without_a_source_names_its_consumers() -> Result<()> {
+    let site = started(Fill::Mirror, 50).await?;
+    let proxy = Proxy::start(site.target.port()).await?;
+    mirrored_over(&proxy, &site, json!(["billing", "never", "c*"])).await?;
+    site.source.freeze()?;
+    let asked = json!({"replication": ID, "force": true, "subjects": ["orders.>"]});
+    let promoted = request(&site.client, "replicator.promote", asked).await;
+    site.source.thaw()?;
+    let promoted = promoted?;
+    let row = |name: &str, position: u64, start: u64| {
+        let reason = &promoted["consumers"][0]["reason"];
+        json!({"name": name, "position": position, "start": start, "outcome": "not_refreshed", "reason": reason})
+    };
+    assert_eq!(promoted["consumers"], json!([row("billing", 10, 11), row("never", 0, 0)]), "{promoted}");
+    let reason = promoted["consumers"][0]["reason"].as_str().unwrap_or_default();
+    assert!(reason.contains("did not answer in time"), "{promoted}");
+    assert_eq!(take(&site.target.url(), ID, "billing", 1, |_| true).await?, [(11, 11)]);
+    Ok(())
+}
+
 /// What an import does not say, the source stream of its positions, is not lost for a consumer that has it.
 #[tokio::test]
 async fn an_import_keeps_the_stream_of_a_position() -> Result<()> {
