@@ -299,6 +299,13 @@ pub enum Event {
         /// Why it was refused.
         message: String,
     },
+    /// A consumer that the document names in `consumers` is not kept at the target. Reported once for each reason.
+    ConsumerRefused {
+        /// Its name; `null` where two passes over all of them were not completed.
+        consumer: Option<String>,
+        /// Why it is not kept there.
+        message: String,
+    },
     /// Sampling tracks as many senders as the limits allow: messages of further senders are copied. Reported once, until
     /// there is room again.
     SendersUntracked {
@@ -385,7 +392,7 @@ impl Event {
     }
 
     /// Names of all kinds, as in subjects and bodies.
-    pub const KINDS: [&str; 38] = [
+    pub const KINDS: [&str; 39] = [
         "adapter-started",
         "adapter-stopped",
         "adapter-dropped",
@@ -418,6 +425,7 @@ impl Event {
         "target-shared",
         "duplicate-window",
         "advisory-refused",
+        "consumer-refused",
         "senders-untracked",
         "clock-offset",
         "clock-ok",
@@ -461,6 +469,7 @@ impl Event {
             Self::TargetShared { .. } => "target-shared",
             Self::DuplicateWindow { .. } => "duplicate-window",
             Self::AdvisoryRefused { .. } => "advisory-refused",
+            Self::ConsumerRefused { .. } => "consumer-refused",
             Self::SendersUntracked { .. } => "senders-untracked",
             Self::ClockOffset { .. } => "clock-offset",
             Self::ClockOk { .. } => "clock-ok",

@@ -125,6 +125,7 @@ const READINGS: &[Reading] = &[
     gauge("verify_findings", "Unexpected differences between both streams, by the newest comparison that is done; absent without one", |r| Some(r.verify.as_ref()?.last.as_ref()?.findings as f64)).essential(),
     gauge("verify_messages", "Messages of the source that the newest comparison of both streams has compared; absent without one", |r| Some(r.verify.as_ref()?.last.as_ref()?.messages as f64)),
     gauge("verify_timestamp_seconds", "When the newest comparison of both streams ended, since the Unix epoch; absent without one", |r| Some(r.verify.as_ref()?.last.as_ref()?.at.timestamp_millis() as f64 / 1e3)).essential(),
+    gauge("consumers_failing", "Consumers of the document that are not kept at the target, and one more if the last pass over them was not completed; absent if the document names none", |r| Some(r.copy.consumers.as_ref()?.failing as f64)).essential(),
     gauge("target_sequence", "Sequence of the newest message of ours at the target", |r| Some(r.copy.position.target_seq as f64).filter(|_| r.knows_position())),
 ];
 

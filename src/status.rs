@@ -199,6 +199,8 @@ pub struct CopyStatus {
     pub counters: Counters,
     /// State of sampling; `null` without it.
     pub sampling: Option<SamplingStatus>,
+    /// The consumers that the document names in `consumers`; `null` if it names none, and before the first pass over them.
+    pub consumers: Option<ConsumersStatus>,
     /// Messages that only the target still has since the source lost them; `null` where no loss is known.
     pub only_at_target: Option<OnlyAtTarget>,
     /// The last error; kept when it is over, with `current` as `false`.
@@ -438,6 +440,26 @@ pub struct Metered {
     pub consumers: u64,
     /// Gossip about senders that was received from other replicators.
     pub gossip: u64,
+}
+
+/// The consumers of the source that are kept at the target, as the last pass left them.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct ConsumersStatus {
+    /// How many of them are not kept there, and one more if the last pass was not completed.
+    pub failing: u64,
+    /// Why, for at most 20 of these, by name.
+    pub errors: Vec<ConsumerError>,
+}
+
+/// Why a consumer is not kept at the target.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[serde(default)]
+pub struct ConsumerError {
+    /// Its name; `null` where the last pass over all of them was not completed.
+    pub consumer: Option<String>,
+    /// The reason.
+    pub message: String,
 }
 
 /// State of sampling. Totals are since this leader started.

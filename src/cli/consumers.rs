@@ -120,6 +120,7 @@ pub(super) fn moved_line(replication: &str, moved: &MovedConsumer) -> String {
         MoveOutcome::Current => format!("is current, begins with {start} (source position {position})"),
         MoveOutcome::InUse => "is used at the target and was left as it is".to_owned(),
         MoveOutcome::Refused => format!("refused: {}", reason.as_deref().unwrap_or("no reason")),
+        MoveOutcome::NotRefreshed => format!("was not refreshed: {}", reason.as_deref().unwrap_or("no reason")),
     };
     clean(&format!("{replication}: consumer {name} {words}"))
 }

@@ -15,8 +15,8 @@ use super::{
 use crate::{
     control::api::{NamedRequest, Status},
     status::{
-        CopyStatus, Counters, Headroom, Lag, LastError, Ordering, Position, RetentionLimit, Row, SamplingStatus, State,
-        TargetMode, Transport,
+        ConsumerError, ConsumersStatus, CopyStatus, Counters, Headroom, Lag, LastError, Ordering, Position,
+        RetentionLimit, Row, SamplingStatus, State, TargetMode, Transport,
     },
 };
 
@@ -60,6 +60,7 @@ pub(super) fn detail(row: &Row, rate: Option<f64>, out: &Output) -> Vec<String> 
     lines.extend(progress(row, rate));
     lines.extend(not_copied(&copy.counters));
     lines.extend(copy.sampling.iter().flat_map(sampling_lines));
+    lines.extend(copy.consumers.iter().flat_map(consumer_lines));
     lines.push(("errors", count(copy.counters.errors)));
     lines.extend(copy.last_error.iter().flat_map(error_lines));
     lines.extend(row.todo.iter().map(|todo| ("do", clean(todo))));
@@ -155,6 +156,23 @@ fn sampling_lines(sampling: &SamplingStatus) -> Vec<DetailLine> {
     }
     lines.extend(sampling.advisory_error.iter().map(|error| ("advisories", clean(error))));
     lines
+}
+
+/// A line for each consumer that is not kept at the target; nothing where all are.
+fn consumer_lines(consumers: &ConsumersStatus) -> Vec<DetailLine> {
+    let mut lines: Vec<_> = consumers.errors.iter().map(|error| ("consumers", clean(&consumer_line(error)))).collect();
+    let more = consumers.failing.saturating_sub(consumers.errors.len() as u64);
+    if more > 0 {
+        lines.push(("consumers", format!("{} more are not kept at the target", count(more))));
+    }
+    lines
+}
+
+fn consumer_line(error: &ConsumerError) -> String {
+    match &error.consumer {
+        Some(consumer) => format!("{consumer} is not kept at the target: {}", error.message),
+        None => format!("the last pass was not completed: {}", error.message),
+    }
 }
 
 fn error_lines(error: &LastError) -> Vec<DetailLine> {

@@ -17,6 +17,7 @@ use nats_lane::{
     jetstream::{Api, ConsumerInfo, ConsumerList},
 };
 use serde_json::Value;
+use tokio::time::Instant;
 
 pub(crate) use self::plan::Selection;
 use self::{
@@ -49,6 +50,8 @@ pub(crate) enum ConsumerOutcome {
     Current,
     /// Subscribers of the target use it: it is left as it is.
     InUse,
+    /// There was no time left for it: it is as it was.
+    Late,
     /// It was created by others, or cannot be created.
     Refused(String),
 }
@@ -72,6 +75,8 @@ pub(crate) struct ConsumerMover<'a> {
     pub(crate) installation: &'a str,
     pub(crate) source: &'a mut Lane,
     pub(crate) target: &'a mut Lane,
+    /// No consumer is begun after it.
+    pub(crate) until: Option<Instant>,
 }
 
 impl ConsumerMover<'_> {
@@ -155,7 +160,10 @@ impl ConsumerMover<'_> {
     ) -> Result<Vec<(PlannedConsumer, ConsumerOutcome)>, Error> {
         let mut done = Vec::new();
         for consumer in planned {
-            let outcome = self.apply(consumer).await.map_err(|error| error.context("target"))?;
+            let outcome = match self.is_late() {
+                true => ConsumerOutcome::Late,
+                false => self.apply(consumer).await.map_err(|error| error.context("target"))?,
+            };
             done.push((consumer.clone(), outcome));
         }
         Ok(done)
@@ -170,12 +178,16 @@ impl ConsumerMover<'_> {
         let (list, created) = self.selected(selection).await?;
         let planned = self.translate(&list.consumers, &created, known).await?;
         let mut done = self.import(&planned).await?;
-        if list.is_complete {
+        if list.is_complete && !self.is_late() {
             let kept: BTreeSet<_> = planned.iter().map(|consumer| consumer.name.as_str()).collect();
             let stay = self.remove_gone(&kept, &created).await.map_err(|error| error.context("target"))?;
             done.extend(stay);
         }
         Ok(done)
+    }
+
+    fn is_late(&self) -> bool {
+        self.until.is_some_and(|until| Instant::now() >= until)
     }
 
     async fn apply(&mut self, planned: &PlannedConsumer) -> Result<ConsumerOutcome, Error> {
@@ -199,6 +211,10 @@ impl ConsumerMover<'_> {
             if is_of_earlier_stream(&there.config, config) {
                 return Ok(ConsumerOutcome::Refused(self.of_earlier_stream(name)));
             }
+            if let Some(created) = plan::loses_its_stream(&there.config, config) {
+                let why = self.of_unknown_stream(name, created);
+                return Ok(ConsumerOutcome::Refused(why));
+            }
             if plan::is_same(&there.config, config) {
                 return Ok(ConsumerOutcome::Current);
             }
@@ -217,6 +233,16 @@ impl ConsumerMover<'_> {
         format!(
             "consumer `{name}` keeps its position in stream `{stream}` as it was before the source recreated it; delete it at the \
              target to have it created for the stream of now"
+        )
+    }
+
+    /// Without its stream, a consumer would be taken for one of the stream of now after the source has recreated it.
+    fn of_unknown_stream(&self, name: &str, created: &str) -> String {
+        let stream = &self.replication.source.stream;
+        format!(
+            "consumer `{name}` has its position in stream `{stream}` that was created at {created}, and the import does not say \
+             which stream its position is of; import what `consumers export` prints now, or delete the consumer at the target to \
+             have it created from this import"
         )
     }
 
@@ -251,6 +277,23 @@ impl ConsumerMover<'_> {
         }
         Ok(stay)
     }
+}
+
+/// The consumers of a replication as they are at the target: name, position and start.
+pub(crate) async fn at_target(
+    target: &mut Lane,
+    replication: &Replication,
+    site: &str,
+) -> Result<Vec<(String, u64, u64)>, Error> {
+    let owner = ConsumerOwner::of(site, &replication.id);
+    let list = Api::new(target).consumers(&replication.target.stream).await?;
+    let ours = list.consumers.into_iter().filter(|there| owner.owns(there));
+    Ok(ours
+        .map(|there| {
+            let (position, start) = plan::placement(&there.config);
+            (there.name, position, start)
+        })
+        .collect())
 }
 
 /// Makes the consumers of a replication belong to the target alone: no later one moves or deletes them.

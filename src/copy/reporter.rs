@@ -213,6 +213,7 @@ impl<'a> Reporter<'a> {
             copy.last_error = last_error;
             // Counted beside the run.
             copy.metered.gossip = told.metered.gossip;
+            copy.consumers.clone_from(&told.consumers);
             *told = copy.clone();
         });
     }

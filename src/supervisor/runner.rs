@@ -315,7 +315,7 @@ impl CopyRunner {
         let saved = writer.saved();
         let before = cell.progress();
         let mut hand_back = HandBack::for_replication(replication);
-        let mut consumers = ConsumerRefresh::for_replication(replication);
+        let mut consumers = ConsumerRefresh::for_replication(replication, cell);
         let mut state_file = StateFile::of(deps.state_store.as_deref(), replication);
         let samples = job.samples.clone();
         let gossip = Gossip::of(replication);

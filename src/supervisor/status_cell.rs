@@ -14,7 +14,10 @@ use crate::{
     election::CampaignView,
     events::Step,
     metrics,
-    status::{CopyStatus, Headroom, InFlight, LastError, Position, Row, SourceStatus, State, TargetStatus, origin},
+    status::{
+        ConsumersStatus, CopyStatus, Headroom, InFlight, LastError, Position, Row, SourceStatus, State, TargetStatus,
+        origin,
+    },
     store::PositionRecord,
 };
 
@@ -300,6 +303,15 @@ impl StatusCell {
             copy.last_error = Some(LastError::now("gone", message));
             copy.lag = None;
             (copy.source.first_seq, copy.source.last_seq) = (None, None);
+        });
+    }
+
+    /// The consumers that the document names, as the last pass over them left them; `None` if it names none.
+    pub(super) fn consumers(&self, consumers: Option<ConsumersStatus>) {
+        self.status.send_if_modified(|(_, copy)| {
+            let is_news = copy.consumers != consumers;
+            copy.consumers = consumers;
+            is_news
         });
     }
 

@@ -89,7 +89,7 @@ pub struct MovedConsumer {
     pub start: u64,
     /// What became of it.
     pub outcome: MoveOutcome,
-    /// Why it was refused.
+    /// Why it was refused, or not refreshed.
     pub reason: Option<String>,
 }
 
@@ -107,4 +107,7 @@ pub enum MoveOutcome {
     InUse,
     /// Another program created it, or the target cannot have it.
     Refused,
+    /// It is as the pass before left it, or does not exist; only in a reply of `promote`, where `position` and `start` are those of
+    /// the consumer at the target, 0 if it does not exist or cannot be read.
+    NotRefreshed,
 }

@@ -81,7 +81,8 @@ async fn import(
     consumers: Vec<ImportedConsumer>,
 ) -> Result<(String, Vec<(PlannedConsumer, ConsumerOutcome)>), Failure> {
     let ConsumerSides { replication, source, target } = &mut sides;
-    let mut mover = ConsumerMover { replication, site: &site, installation: &installation, source, target };
+    let (site, installation) = (&site, &installation);
+    let mut mover = ConsumerMover { replication, site, installation, source, target, until: None };
     let planned: Vec<_> = consumers
         .iter()
         .map(|consumer| mover.exported(&consumer.name, consumer.position, consumer.start, &consumer.config))
@@ -149,31 +150,70 @@ impl ConsumerSides {
     }
 
     fn mover<'a>(&'a mut self, context: &'a RequestContext) -> ConsumerMover<'a> {
-        mover(context, &self.replication, &mut self.source, &mut self.target)
+        let RequestContext { site, installation, .. } = context;
+        let Self { replication, source, target } = self;
+        ConsumerMover { replication, site, installation, source, target, until: None }
     }
 }
 
-fn mover<'a>(
-    context: &'a RequestContext,
-    replication: &'a Replication,
-    source: &'a mut Lane,
-    target: &'a mut Lane,
-) -> ConsumerMover<'a> {
-    let RequestContext { site, installation, .. } = context;
-    ConsumerMover { replication, site, installation, source, target }
-}
-
-/// The last refresh before a promotion.
+/// The last refresh before a promotion: no consumer is begun after `until`, and the result is there at `end`. The lanes, to the
+/// source and to the target, are there again unless a server did not answer.
 pub(super) async fn refresh_last(
     context: &RequestContext,
     replication: &Replication,
-    source: &mut Lane,
-    target: &mut Lane,
-) -> Result<Vec<MovedConsumer>, Failure> {
-    let selection = Selection::new(&replication.consumers);
-    let mut mover = mover(context, replication, source, target);
-    let done = mover.refresh(&selection, &mut KnownStarts::default()).await.map_err(refused)?;
-    Ok(done.into_iter().map(moved).collect())
+    lanes: (Lane, Lane),
+    (until, end): (Instant, Instant),
+) -> (Option<(Lane, Lane)>, Result<Vec<MovedConsumer>, String>) {
+    let (site, installation, replication) = (context.site.clone(), context.installation.clone(), replication.clone());
+    // A task, so that a consumer that is being moved is not left deleted.
+    let task = tokio::spawn(async move {
+        let (mut source, mut target) = lanes;
+        let selection = Selection::new(&replication.consumers);
+        let (source_lane, target_lane, until) = (&mut source, &mut target, Some(until));
+        let mut mover = ConsumerMover {
+            replication: &replication,
+            site: &site,
+            installation: &installation,
+            source: source_lane,
+            target: target_lane,
+            until,
+        };
+        let done = timeout(IMPORT_WITHIN, mover.refresh(&selection, &mut KnownStarts::default())).await;
+        ((source, target), done)
+    });
+    match timeout_at(end, task).await {
+        Ok(Ok((lanes, Ok(done)))) => {
+            let done = done.map_err(|error| error.to_string());
+            (Some(lanes), done.map(|done| done.into_iter().map(moved).collect()))
+        }
+        Ok(Err(error)) => (None, Err(format!("the refresh ended: {error}"))),
+        Ok(Ok((_, Err(_)))) | Err(_) => (None, Err("source or target did not answer in time".to_owned())),
+    }
+}
+
+/// The consumers of a replication that were not refreshed: those at the target, if it is known, and those that the document has by
+/// their names.
+pub(super) async fn not_refreshed(
+    context: &RequestContext,
+    replication: &Replication,
+    target: Option<&mut Lane>,
+    reason: &str,
+) -> Vec<MovedConsumer> {
+    let known = match target {
+        Some(target) => moved_consumers::at_target(target, replication, &context.site).await.unwrap_or_default(),
+        None => Vec::new(),
+    };
+    let is_name = |name: &&String| !name.contains(['*', '?']) && !known.iter().any(|(known, ..)| known == *name);
+    let missing: Vec<_> = replication.consumers.iter().filter(is_name).map(|name| (name.clone(), 0, 0)).collect();
+    let all = known.into_iter().chain(missing);
+    all.map(|(name, position, start)| MovedConsumer {
+        name,
+        position,
+        start,
+        outcome: MoveOutcome::NotRefreshed,
+        reason: Some(reason.to_owned()),
+    })
+    .collect()
 }
 
 /// From here on, consumers of the target belong to it alone.
@@ -192,6 +232,7 @@ fn moved((planned, outcome): (PlannedConsumer, ConsumerOutcome)) -> MovedConsume
         ConsumerOutcome::Moved => (MoveOutcome::Moved, None),
         ConsumerOutcome::Current => (MoveOutcome::Current, None),
         ConsumerOutcome::InUse => (MoveOutcome::InUse, None),
+        ConsumerOutcome::Late => (MoveOutcome::NotRefreshed, Some("there was no time left for it".to_owned())),
         ConsumerOutcome::Refused(why) => (MoveOutcome::Refused, Some(why)),
     };
     MovedConsumer { name, position, start, outcome, reason }

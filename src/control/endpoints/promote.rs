@@ -13,7 +13,7 @@ use tracing::{info, warn};
 
 use super::{
     RequestContext,
-    consumers::{refresh_last, release},
+    consumers::{not_refreshed, refresh_last, release},
     in_time, named,
     position::runnable,
     reply, written,
@@ -21,7 +21,7 @@ use super::{
 use crate::{
     config::{NativeKind, Replication},
     control::{
-        api::{Failure, MovedConsumer, PromoteRequest, Promoted},
+        api::{Failure, MoveOutcome, MovedConsumer, PromoteRequest, Promoted},
         service::Request,
     },
     events::Event,
@@ -34,6 +34,14 @@ use crate::{
 const WITHIN: Duration = Duration::from_millis(2_500);
 /// Of it, how long the source may need.
 const SOURCE_WITHIN: Duration = Duration::from_millis(1_200);
+/// How long before the end the last consumer is begun...
+const BEGUN_BEFORE: Duration = Duration::from_millis(1_000);
+/// ... and the refresh is over.
+const MOVED_BEFORE: Duration = Duration::from_millis(800);
+/// Deadline for the list of consumers that were not refreshed.
+const LISTED_WITHIN: Duration = Duration::from_millis(300);
+/// Consumers that an error names.
+const NAMED: usize = 5;
 /// Deadline for the marks of consumers, after the promotion.
 const RELEASED_WITHIN: Duration = Duration::from_millis(500);
 /// Servers from this version on turn a mirror into a stream.
@@ -69,7 +77,7 @@ pub(super) async fn promote(context: &RequestContext, request: Request) -> Resul
     let paused = within(end, stop_feed(context, &replication.id)).await?;
     let done = async {
         plan.read_target().await?;
-        let consumers = plan.move_consumers(context, &replication, asked.force).await?;
+        let consumers = plan.move_consumers(context, &replication, asked.force, end).await?;
         let lag = plan.carry_out(&asked, shown).await?;
         Ok((lag, consumers))
     };
@@ -135,7 +143,10 @@ async fn delete(context: &RequestContext, id: &str) -> Result<u64, Failure> {
 /// What is to be done, with the connections for it.
 struct Promotion {
     source: Option<nats_lane::Lane>,
-    target: nats_lane::Lane,
+    /// `None` while it is lent, and once it has not answered.
+    target: Option<nats_lane::Lane>,
+    /// Why there is no source.
+    no_source: Option<String>,
     origin: String,
     stream: String,
     /// The configuration of the promoted stream.
@@ -173,10 +184,12 @@ impl Promotion {
             );
             return Err(Failure::new(409, description));
         }
+        let mut no_source = None;
         let (source, from) = match source {
             Ok((lane, info)) => (Some(lane), Some(info)),
             Err(failure) if asked.force && !asked.subjects.is_empty() => {
                 warn!(replication = replication.id, "promoting without the source: {failure}");
+                no_source = Some(failure.description);
                 (None, None)
             }
             Err(failure) => return Err(failure),
@@ -185,26 +198,73 @@ impl Promotion {
         let config = promoted(&info, &subjects);
         let (origin, last_seq) = (replication.source.stream.clone(), info.state.last_seq);
         let whole = replication.scope.is_whole() && replication.max_age.is_none();
-        Ok(Self { source, target, origin, stream, config, subjects, last_seq, whole, consumers: Vec::new() })
+        let target = Some(target);
+        Ok(Self { source, target, no_source, origin, stream, config, subjects, last_seq, whole, consumers: Vec::new() })
     }
 
-    /// The last refresh of the consumers, now that the mirror has everything. Without its source they stay as they are.
+    /// The last refresh of the consumers, now that the mirror has everything. With `force`, and without the source, those that are
+    /// not refreshed stay as they are, and are named.
     async fn move_consumers(
         &mut self,
         context: &RequestContext,
         replication: &Replication,
         force: bool,
+        end: Instant,
     ) -> Result<Vec<MovedConsumer>, Failure> {
-        let Some(source) = self.source.as_mut().filter(|_| !replication.consumers.is_empty()) else {
+        if replication.consumers.is_empty() {
             return Ok(Vec::new());
-        };
-        match refresh_last(context, replication, source, &mut self.target).await {
-            Err(failure) if force => {
-                warn!(replication = replication.id, "promoting with consumers as they are: {failure}");
-                Ok(Vec::new())
-            }
-            moved => moved,
         }
+        let moved = match (self.source.take(), self.target.take()) {
+            (Some(source), Some(target)) => {
+                let times = (end - BEGUN_BEFORE, end - MOVED_BEFORE);
+                let (lanes, moved) = refresh_last(context, replication, (source, target), times).await;
+                (self.source, self.target) = lanes.unzip();
+                moved
+            }
+            (source, target) => {
+                (self.source, self.target) = (source, target);
+                Err(self.no_source.clone().unwrap_or_default())
+            }
+        };
+        if self.target.is_none() {
+            // That one belongs to a request that is not answered.
+            let connection = format!("{} {}", names::PROGRAM, replication.id);
+            self.target = context.rules.dial(&replication.target.place, &connection).await.ok();
+        }
+        let moved = match moved {
+            Ok(moved) => moved,
+            Err(why) => {
+                let named = not_refreshed(context, replication, self.target.as_mut(), &why);
+                match timeout(LISTED_WITHIN, named).await {
+                    Ok(named) => named,
+                    // What is not answered belongs to this lane.
+                    Err(_) => {
+                        self.target = None;
+                        not_refreshed(context, replication, None, &why).await
+                    }
+                }
+            }
+        };
+        let late: Vec<_> = moved.iter().filter(|moved| moved.outcome == MoveOutcome::NotRefreshed).collect();
+        if let Some(first) = late.first().filter(|_| !force) {
+            let names: Vec<_> = late.iter().take(NAMED).map(|moved| moved.name.as_str()).collect();
+            let more = if late.len() > NAMED { format!(" and {} more", late.len() - NAMED) } else { String::new() };
+            return Err(Failure::new(
+                503,
+                format!(
+                    "consumers of `{}` were not refreshed: `{}`{more}: {}; try again, or use `force` to promote it with these as \
+                     they are",
+                    self.stream,
+                    names.join("`, `"),
+                    first.reason.as_deref().unwrap_or_default()
+                ),
+            ));
+        }
+        Ok(moved)
+    }
+
+    fn target(&mut self) -> Result<&mut nats_lane::Lane, Failure> {
+        self.target.as_mut().ok_or_else(|| Failure::new(503, "the target cannot be asked: it did not answer in time"))
     }
 
     /// Nothing moves the consumers from here on, also if the replication is added again.
@@ -212,7 +272,11 @@ impl Promotion {
         if replication.consumers.is_empty() {
             return;
         }
-        let released = timeout(RELEASED_WITHIN, release(context, replication, &mut self.target)).await;
+        let released = timeout(RELEASED_WITHIN, async {
+            let late = || nats_lane::Error::retry("the target did not answer before");
+            release(context, replication, self.target.as_mut().ok_or_else(late)?).await
+        })
+        .await;
         let late = || Err(nats_lane::Error::retry("no answer in time"));
         if let Err(error) = released.unwrap_or_else(|_| late()) {
             warn!(
@@ -237,7 +301,8 @@ impl Promotion {
                 ),
             ));
         }
-        let updated = Api::new(&mut self.target).update_stream(&self.stream, &self.config).await;
+        let (stream, config) = (self.stream.clone(), self.config.clone());
+        let updated = Api::new(self.target()?).update_stream(&stream, &config).await;
         updated.map(|_| lag).map_err(|error| {
             let code = if error.api.as_ref().is_some_and(|api| api.code < 500) { 409 } else { 503 };
             Failure::new(code, format!("target stream `{}` cannot be promoted: {error}", self.stream))
@@ -260,7 +325,8 @@ impl Promotion {
     }
 
     async fn read_target(&mut self) -> Result<(), Failure> {
-        let info = Api::new(&mut self.target).stream_info(&self.stream).await;
+        let stream = self.stream.clone();
+        let info = Api::new(self.target()?).stream_info(&stream).await;
         let info = info.map_err(|error| Failure::new(503, format!("the target cannot be asked: {error}")))?;
         self.last_seq = info.map_or(self.last_seq, |info| info.state.last_seq);
         Ok(())

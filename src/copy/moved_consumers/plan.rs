@@ -175,6 +175,11 @@ pub(super) fn is_of_earlier_stream(there: &Value, wanted: &Value) -> bool {
     wanted["metadata"][SOURCE].as_str().is_some_and(|created| is_made_for_other(there, created))
 }
 
+/// The stream of the source that a consumer of ours was made for, if the wanted one does not name any.
+pub(super) fn loses_its_stream<'a>(there: &'a Value, wanted: &Value) -> Option<&'a str> {
+    there["metadata"][SOURCE].as_str().filter(|_| !wanted["metadata"][SOURCE].is_string())
+}
+
 /// Position and start of a consumer of ours.
 pub(super) fn placement(there: &Value) -> (u64, u64) {
     let position = there["metadata"][POSITION].as_str().and_then(|position| position.parse().ok());
@@ -276,6 +281,8 @@ mod tests {
         assert!(is_of_earlier_stream(&there, &imported(&recreated, &owner, 40, 7)));
         let unknown = imported(&one.config, &owner, 40, 7);
         assert!(!is_of_earlier_stream(&there, &unknown) && !is_made_for_other(&unknown, "now"));
+        assert!(loses_its_stream(&there, &unknown).is_some() && loses_its_stream(&unknown, &unknown).is_none());
+        assert!(loses_its_stream(&there, &recreated).is_none() && loses_its_stream(&unknown, &there).is_none());
         let mut other = one.config.clone();
         other["headers_only"] = false.into();
         let other = consumer(json!({"name": "a", "config": other}));

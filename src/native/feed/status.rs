@@ -50,6 +50,8 @@ impl Feed<'_> {
                 error.ran();
             }
             copy.last_error = last_error;
+            // They are moved beside the run.
+            copy.consumers.clone_from(&published.consumers);
             *published = copy.clone();
         });
     }

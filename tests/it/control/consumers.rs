@@ -394,6 +394,173 @@ async fn an_export_is_imported_at_the_target() -> Result<()> {
     Ok(())
 }
 
+/// A mirror whose target is reached over a proxy, and its consumer `billing` at position 10.
+async fn mirrored_over(proxy: &Proxy, site: &Site, consumers: Value) -> Result<()> {
+    let mut document = request(&site.client, "replicator.config.get", json!({"replication": ID})).await?;
+    let document = merged(document["config"].take(), json!({"target_url": proxy.url(), "consumers": consumers}));
+    request(&site.client, "replicator.config.update", document).await?;
+    take(&site.source.url(), ID, "billing", 10, |_| true).await?;
+    wait_position(&mut site.target().await?, ID, "billing", 10).await.map(drop)
+}
+
+/// A promotion that has no time for all consumers is refused, and forced it names the others.
+#[tokio::test]
+async fn a_promotion_names_consumers_it_had_no_time_for() -> Result<()> {
+    const CONSUMERS: usize = 101;
+    let site = started(Fill::Mirror, 100).await?;
+    let (mut source, mut target) = (site.source().await?, site.target().await?);
+    for i in 1..CONSUMERS {
+        create(&mut source, ID, &format!("c{i}"), json!({})).await?;
+    }
+    let proxy = Proxy::start(site.target.port()).await?;
+    mirrored_over(&proxy, &site, json!(["billing", "c*"])).await?;
+    let all = async |target: &mut Raw| {
+        let listed = target.api(&format!("CONSUMER.LIST.{ID}"), Value::Null).await.unwrap_or_default();
+        let listed = listed["consumers"].as_array().map(Vec::len);
+        if listed == Some(CONSUMERS) { Ok(()) } else { Err(listed) }
+    };
+    wait_while_moving("all of them at the target", LIMIT, async || all(&mut target).await).await?;
+    // Each takes a round trip, even one that is current.
+    proxy.latency(BOTH, Duration::from_millis(15));
+    let ended = site.send("promote", json!({"replication": ID})).await?;
+    refused(&ended, 503, "there was no time left for it; try again, or use `force`");
+    refused(&ended, 503, " more: ");
+    let mirror = target.api(&format!("STREAM.INFO.{ID}"), Value::Null).await?;
+    assert!(mirror["config"]["mirror"].is_object(), "{mirror}");
+    site.publish(ID, 101..=110).await?;
+    site.settled(ID, 110).await?;
+    let promoted = request(&site.client, "replicator.promote", json!({"replication": ID, "force": true})).await?;
+    let moved = promoted["consumers"].as_array().context("consumers")?;
+    let late: Vec<_> = moved.iter().filter(|one| one["outcome"] == "not_refreshed").collect();
+    assert_eq!(moved.len(), CONSUMERS, "{promoted}");
+    assert!(!late.is_empty() && late.iter().all(|one| one["reason"] == "there was no time left for it"), "{promoted}");
+    println!("{} of {CONSUMERS} were not refreshed", late.len());
+    let stream = target.api(&format!("STREAM.INFO.{ID}"), Value::Null).await?;
+    assert!(stream["config"].get("mirror").is_none(), "{stream}");
+    all(&mut target).await.map_err(|listed| anyhow::anyhow!("{listed:?} consumers are left"))
+}
+
+/// Without its source, a mirror is promoted with the consumers of the last pass, and the answer says so.
+#[tokio::test]
+async fn a_promotion_without_a_source_names_its_consumers() -> Result<()> {
+    let site = started(Fill::Mirror, 50).await?;
+    let proxy = Proxy::start(site.target.port()).await?;
+    mirrored_over(&proxy, &site, json!(["billing", "never", "c*"])).await?;
+    site.source.freeze()?;
+    let asked = json!({"replication": ID, "force": true, "subjects": ["orders.>"]});
+    let promoted = request(&site.client, "replicator.promote", asked).await;
+    site.source.thaw()?;
+    let promoted = promoted?;
+    let row = |name: &str, position: u64, start: u64| {
+        let reason = &promoted["consumers"][0]["reason"];
+        json!({"name": name, "position": position, "start": start, "outcome": "not_refreshed", "reason": reason})
+    };
+    assert_eq!(promoted["consumers"], json!([row("billing", 10, 11), row("never", 0, 0)]), "{promoted}");
+    let reason = promoted["consumers"][0]["reason"].as_str().unwrap_or_default();
+    assert!(reason.contains("did not answer in time"), "{promoted}");
+    assert_eq!(take(&site.target.url(), ID, "billing", 1, |_| true).await?, [(11, 11)]);
+    Ok(())
+}
+
+/// What an import does not say, the source stream of its positions, is not lost for a consumer that has it.
+#[tokio::test]
+async fn an_import_keeps_the_stream_of_a_position() -> Result<()> {
+    let site = Site::start().await?;
+    site.filled(ID, 50).await?;
+    let (mut source, mut target) = (site.source().await?, site.target().await?);
+    for name in ["billing", "shop"] {
+        create(&mut source, ID, name, json!({})).await?;
+    }
+    site.add(ID, json!({})).await?;
+    site.settled(ID, 50).await?;
+    let mut exported = site.cli().json(["consumers", "export", ID]).await?;
+    for one in exported["consumers"].as_array_mut().context("consumers")? {
+        one.as_object_mut().context("a consumer")?.remove("error");
+    }
+    let mut by_hand = exported.clone();
+    for (at, one) in by_hand["consumers"].as_array_mut().context("consumers")?.iter_mut().enumerate() {
+        one["config"]["metadata"] = json!({});
+        (one["position"], one["start"]) = (json!(10 + at), json!(11 + at));
+    }
+    let import = async |what: &Value| -> Result<Vec<Value>> {
+        let asked = json!({"replication": ID, "consumers": what["consumers"]});
+        let mut done = request(&site.client, "replicator.consumers.import", asked).await?;
+        done["consumers"].as_array_mut().map(std::mem::take).context("consumers")
+    };
+    // By hand, consumers are created and moved, as long as nothing else is known of them.
+    assert!(import(&by_hand).await?.iter().all(|one| one["outcome"] == "created"));
+    assert!(import(&exported).await?.iter().all(|one| one["outcome"] == "moved"));
+    let before = info(&mut target, ID, "billing").await.context("it is there")?;
+    let created = &before["config"]["metadata"]["stream-replicator.source-created"];
+    let created = created.as_str().with_context(|| format!("no stream in {before}"))?.to_owned();
+    for one in import(&by_hand).await? {
+        let name = one["name"].as_str().unwrap_or_default();
+        assert_eq!(one["outcome"], "refused", "{one}");
+        let start = format!("consumer `{name}` has its position in stream `{ID}` that was created at {created}");
+        let reason = one["reason"].as_str().unwrap_or_default();
+        assert!(reason.starts_with(&start) && reason.contains("delete the consumer at the target"), "{one}");
+    }
+    let after = info(&mut target, ID, "billing").await.context("it is there")?;
+    assert_eq!((&after["config"], &after["created"]), (&before["config"], &before["created"]));
+    // What the error says.
+    assert!(import(&exported).await?.iter().all(|one| one["outcome"] == "current"));
+    target.api(&format!("CONSUMER.DELETE.{ID}.billing"), Value::Null).await?;
+    let again = import(&by_hand).await?;
+    let outcomes: Vec<_> = again.iter().map(|one| (one["name"].as_str(), one["outcome"].as_str())).collect();
+    assert_eq!(outcomes, [(Some("billing"), Some("created")), (Some("shop"), Some("refused"))]);
+    Ok(())
+}
+
+/// What the target refuses is in the status, in an event and in a metric, until it is mended.
+#[tokio::test]
+async fn a_refused_consumer_is_named_until_it_is_mended() -> Result<()> {
+    const METRIC: &str = "choria_stream_replicator_replicator_consumers_failing";
+    let mut site = Site::builder().args(["--monitor", "127.0.0.1:0"]).start().await?;
+    site.filled(ID, 20).await?;
+    let (mut source, mut target) = (site.source().await?, site.target().await?);
+    // There, deliveries of a consumer would be stored again.
+    target.create_stream(ID, json!({"subjects": ["orders.>", "pushed.>"]})).await?;
+    create(&mut source, ID, "pulled", json!({})).await?;
+    create(&mut source, ID, "pushed", json!({"deliver_subject": "pushed.here"})).await?;
+    site.add(ID, json!({"consumers": ["*"]})).await?;
+    let row = site.row_when(ID, "names it", |row| row["consumers"]["failing"] == 1).await?;
+    let error = &row["consumers"]["errors"][0];
+    assert_eq!((&error["consumer"], &row["state"]), (&json!("pushed"), &json!("running")), "{row}");
+    let message = error["message"].as_str().context("a message")?;
+    assert!(message.contains("cycle"), "{row}");
+    let event = site.events.wait("consumer-refused", ID).await?;
+    assert_eq!((&event["consumer"], &event["message"]), (&json!("pushed"), &json!(message)), "{event}");
+    let metric = async |expect: u64| {
+        let what = format!("{METRIC} {expect}");
+        wait_for(&what, LIMIT, async || {
+            let (_, page) = site.service.get("/metrics").await.unwrap_or_default();
+            page.lines().any(|line| line.starts_with(METRIC) && line.ends_with(&format!(" {expect}")))
+        })
+        .await
+    };
+    metric(1).await?;
+    let shown = site.cli().ok(["status", ID]).await?;
+    assert!(shown.contains("pushed is not kept at the target: ") && shown.contains("cycle"), "{shown}");
+    // A row that is saved outlives the instance; what it says is not published again.
+    site.publish(ID, 21..=30).await?;
+    let row = site.settled(ID, 30).await?;
+    assert_eq!(row["consumers"]["failing"], 1, "{row}");
+    assert!(info(&mut target, ID, "pulled").await.is_some() && info(&mut target, ID, "pushed").await.is_none());
+    assert_eq!(site.events.told("consumer-refused").len(), 1);
+    let mut config = target.api(&format!("STREAM.INFO.{ID}"), Value::Null).await?["config"].take();
+    config["subjects"] = json!(["orders.>"]);
+    target.api(&format!("STREAM.UPDATE.{ID}"), config).await?;
+    let mended = |row: &Value| row["consumers"] == json!({"failing": 0, "errors": []});
+    site.row_when(ID, "is mended", mended).await?;
+    metric(0).await?;
+    assert!(info(&mut target, ID, "pushed").await.is_some());
+    assert!(!site.cli().ok(["status", ID]).await?.contains("not kept at the target"));
+    // Without the field, nothing is said of consumers.
+    request(&site.client, "replicator.config.update", site.document_with(ID, json!({}))).await?;
+    site.row_when(ID, "has no consumers", |row| row["consumers"].is_null() && row["state"] == "running").await?;
+    Ok(())
+}
+
 /// `config.validate` names what the login may not do.
 #[tokio::test]
 async fn a_missing_permission_is_named() -> Result<()> {

@@ -305,6 +305,46 @@ async fn letters_are_removed_after_a_question() -> Result<()> {
     Ok(())
 }
 
+/// Two replications of one stream have dead letters of the same messages on one subject: each request keeps to its own.
+#[tokio::test]
+async fn letters_of_a_shared_subject_are_kept_apart() -> Result<()> {
+    const OTHER: &str = "ORDERS.second";
+    let site = begin(json!({}), 20).await?;
+    site.target_stream("SECOND", json!({"subjects": ["second.>"], "max_msg_size": 1_000})).await?;
+    let fields = json!({
+        "name": "second", "target_stream": "SECOND", "target_subject_prefix": "second", "on_reject": "dead_letter",
+        "dead_letter": {"subject": "dead.orders"}
+    });
+    site.add(ID, fields).await?;
+    let row = site.settled(OTHER, 20).await?;
+    ensure!(row["counters"]["dead_lettered"] == 4, "{row}");
+    let list = async |id: &str| request(&site.client, "replicator.dlq.list", json!({"replication": id})).await;
+    let both = async || anyhow::Ok((letters(&list(ID).await?), letters(&list(OTHER).await?)));
+    assert_eq!(both().await?, (vec![1, 2, 3, 4], vec![5, 6, 7, 8]));
+    for (id, others) in [(ID, 5), (OTHER, 1)] {
+        let expect = format!("message {others} of stream `DEAD` is no dead letter of replication `{id}`");
+        refused(&site.send("dlq.show", json!({"replication": id, "letter": others})).await?, 404, &expect);
+        for verb in ["replay", "drop"] {
+            let asked = json!({"replication": id, "letters": [others]});
+            let changed = request(&site.client, &format!("replicator.dlq.{verb}"), asked).await?;
+            assert_eq!((letters_done(&changed), &changed["failed"]), (vec![], &json!(expect)), "{verb}: {changed}");
+        }
+    }
+    assert_eq!((site.at_target(ID).await?, site.at_target("SECOND").await?), (16, 16));
+    assert_eq!(both().await?, (vec![1, 2, 3, 4], vec![5, 6, 7, 8]));
+    // All of one are none of the other.
+    widen(&site, ID).await?;
+    let changed = site.cli().json(["dlq", "replay", ID, "--all"]).await?;
+    assert_eq!(letters_done(&changed), [1, 2, 3, 4], "{changed}");
+    assert_eq!(both().await?, (vec![], vec![5, 6, 7, 8]));
+    each_once(&site).await?;
+    assert_eq!(site.at_target("SECOND").await?, 16);
+    let changed = site.cli().json(["dlq", "drop", OTHER, "--all", "--force"]).await?;
+    assert_eq!(letters_done(&changed), [5, 6, 7, 8], "{changed}");
+    assert_eq!(both().await?, (vec![], vec![]));
+    Ok(())
+}
+
 #[tokio::test]
 async fn what_cannot_be_replayed_says_why() -> Result<()> {
     let site = begin(json!({}), 5).await?;

@@ -13,8 +13,8 @@ use stream_replicator::metrics::{
     self, AdapterReading, Detail, ElectionReading, HeartbeatReading, HeartbeatSubject, InstanceReading,
 };
 use stream_replicator::status::{
-    CopyStatus, GroupDrift, Headroom, KnownDrift, Lag, LastError, Position, RetentionLimit, Row, SamplingStatus, State,
-    VerificationResult, VerificationState, VerificationSummary,
+    ConsumersStatus, CopyStatus, GroupDrift, Headroom, KnownDrift, Lag, LastError, Position, RetentionLimit, Row,
+    SamplingStatus, State, VerificationResult, VerificationState, VerificationSummary,
 };
 
 use super::schemas::is_current;
@@ -50,6 +50,7 @@ fn everything() -> Result<String> {
         headroom: Some(Headroom { seconds: 1.0, limit: RetentionLimit::Age, low_below: 60.0 }),
         position: Position { source_seq: 1, target_seq: 1 },
         sampling: Some(SamplingStatus::default()),
+        consumers: Some(ConsumersStatus::default()),
         last_error: Some(LastError::now("retry", "timed out")),
         ..CopyStatus::default()
     };
