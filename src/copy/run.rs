@@ -108,7 +108,15 @@ impl Run<'_> {
     }
 
     async fn ended_well(mut self, positions: &mut PositionWriter) -> Result<(), Error> {
-        self.write_senders(positions.reads_after()).await;
+        if self.sampler.is_some() {
+            // A save that fails is tried again at the end.
+            let first = positions.save_now(self.witnesses(), self.report.row()).await;
+            if let Err(conflict @ SaveError::Conflict { .. }) = first {
+                return Err(conflict.into());
+            }
+            let saved = self.saved_position(positions);
+            self.write_senders(saved, positions.reads_after()).await;
+        }
         let _ = tokio::time::timeout(LAST_ACKS, self.flush_acks()).await;
         let Self { report, mut source, target, bounds, sampler, .. } = self;
         source.reader.close(&mut source.lane);
@@ -160,12 +168,18 @@ impl Run<'_> {
     }
 
     /// Waits a short time until the records of senders contain everything that is known of them.
-    async fn write_senders(&mut self, reads_after: u64) {
-        let position = self.bounds.window.position().seq;
+    async fn write_senders(&mut self, saved: u64, reads_after: u64) {
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.report.copy.sampling) {
-            let _ = tokio::time::timeout(LAST_SAVE, sampler.finish(position, reads_after, status)).await;
+            sampler.settled(self.bounds.window.position().seq, saved);
+            let _ = tokio::time::timeout(LAST_SAVE, sampler.finish(saved, reads_after, status)).await;
             let _ = tokio::time::timeout(LAST_ADVISORIES, sampler.finish_post(status)).await;
         }
+    }
+
+    /// Up to where everything has settled, and is saved. Where the copy continues without saves, they are not waited for.
+    fn saved_position(&self, positions: &PositionWriter) -> u64 {
+        let settled = self.bounds.window.position().seq;
+        if self.report.job.standalone { settled } else { positions.position().min(settled) }
     }
 
     /// Up to where the source may forget copied messages.
@@ -200,7 +214,7 @@ impl Run<'_> {
             if now >= self.times.next_tick || self.source.silent_at.is_some_and(|at| now >= at) {
                 self.tick(now, positions)?;
             }
-            let wake = self.wake(now, positions.reads_after());
+            let wake = self.wake(now, positions);
             let (source, target) = (&mut self.source, &mut self.target);
             tokio::select! {
                 biased;
@@ -226,11 +240,11 @@ impl Run<'_> {
     }
 
     /// Does the work that is due at each turn of the loop; returns when the next turn is due at the latest.
-    fn wake(&mut self, now: Instant, reads_after: u64) -> Instant {
+    fn wake(&mut self, now: Instant, positions: &PositionWriter) -> Instant {
         self.source.silent_at = self.source.next_check(now);
         let supply = self.supply();
         self.target.writer.commit_if_due(&mut self.target.lane, supply, now);
-        self.sample(now, reads_after);
+        self.sample(now, positions);
         let forgettable = self.forgettable(now);
         self.source.reader.settled(&mut self.source.lane, forgettable);
         self.source.reads = self.source.reader.may_read(&self.report.job.budget);
@@ -259,12 +273,16 @@ impl Run<'_> {
         Error::of_source(error)
     }
 
-    /// Writes the records of senders and publishes their advisories, as far as that is due.
-    fn sample(&mut self, now: Instant, reads_after: u64) {
+    /// Writes the records of senders and publishes their advisories, as far as that is due. The records are never ahead of the
+    /// saved position: an instance that takes over would read skipped messages again, and copy those that are before the last
+    /// copy in the record.
+    fn sample(&mut self, now: Instant, positions: &PositionWriter) {
+        let saved = self.saved_position(positions);
         let window = &self.bounds.window;
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.report.copy.sampling) {
             sampler.was_read(window.newest().seq, self.source.reader.pending() == 0);
-            sampler.write(window.position().seq, reads_after, now);
+            sampler.settled(window.position().seq, saved);
+            sampler.write(saved, positions.reads_after(), now);
             sampler.publish(status, now);
         }
     }
@@ -335,9 +353,6 @@ impl Run<'_> {
             observed.1 += 1;
         }
         copy.processing.observe((elapsed - observed.0.min(elapsed)) as f64 / 1e6, observed.1);
-        if let Some(sampler) = &mut self.sampler {
-            sampler.settled(self.bounds.window.position().seq);
-        }
     }
 
     fn saved(&mut self, result: Result<(), SaveError>, positions: &mut PositionWriter) -> Result<(), Error> {

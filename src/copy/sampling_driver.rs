@@ -250,9 +250,9 @@ impl SamplingDriver {
         self.replayed.map_or(position, |replayed| position.min(replayed))
     }
 
-    /// Everything up to here has settled.
-    pub fn settled(&mut self, position: u64) {
-        self.samples.lock().settled(position);
+    /// See [`Senders::settled`].
+    pub fn settled(&mut self, stored: u64, saved: u64) {
+        self.samples.lock().settled(stored, saved);
     }
 
     /// Finds senders that are unseen, by the clock of the source server if there is nothing to read.

@@ -187,6 +187,8 @@ pub struct Senders {
     sent: VecDeque<Sent>,
     /// The newest copy in flight, by slot.
     newest: HashMap<u32, Sent>,
+    /// Everything up to this source sequence has settled.
+    stored: u64,
     dirty: Vec<u32>,
     /// Forgotten senders whose records still exist, or of which messages may be read again.
     forgotten: HashMap<Arc<str>, Forgotten>,
@@ -233,6 +235,7 @@ impl Senders {
             due: BinaryHeap::new(),
             sent: VecDeque::new(),
             newest: HashMap::new(),
+            stored: 0,
             dirty: Vec::new(),
             forgotten: HashMap::new(),
             names: 0,
@@ -488,9 +491,11 @@ impl Senders {
         self.touch(index);
     }
 
-    /// Everything up to `position` has settled: messages in flight up to there are copied.
-    pub fn settled(&mut self, position: u64) {
-        while let Some(sent) = self.sent.front().copied().filter(|sent| sent.seq <= position) {
+    /// Everything up to `stored` has settled, and everything up to `saved` is never read again by an instance that takes over:
+    /// messages in flight up to there count as copied. Lists show those up to `stored`.
+    pub fn settled(&mut self, stored: u64, saved: u64) {
+        self.stored = stored;
+        while let Some(sent) = self.sent.front().copied().filter(|sent| sent.seq <= saved) {
             self.sent.pop_front();
             let slot = &mut self.slots[sent.slot as usize];
             if slot.generation != sent.generation {
@@ -510,6 +515,7 @@ impl Senders {
     pub fn begin(&mut self, position: u64, saved: Option<u64>, another: bool) -> u64 {
         self.sent.clear();
         self.newest.clear();
+        self.stored = position;
         self.outbox.take_back();
         self.forgotten.values_mut().for_each(|forgotten| forgotten.begin(position));
         if !std::mem::replace(&mut self.begun, true) {
@@ -677,13 +683,15 @@ impl Senders {
 
     fn listed_at(&self, at: usize) -> Listed<'_> {
         let slot = &self.slots[at];
+        let stored = self.newest.get(&(at as u32)).filter(|sent| sent.seq <= self.stored);
+        let copy = stored.map_or(slot.last_copy(), Sent::last_copy);
         Listed {
             sender: &slot.name,
             seen_ns: slot.seen,
-            copied_ns: (slot.copied != NEVER).then_some(slot.copied),
-            size: if self.rules.by_size_seen { slot.size_seen } else { slot.size },
+            copied_ns: (copy.time != NEVER).then_some(copy.time),
+            size: if self.rules.by_size_seen { slot.size_seen } else { copy.size },
             advised: slot.late,
-            sequence: slot.sequence,
+            sequence: copy.seq,
         }
     }
 
@@ -792,7 +800,7 @@ mod tests {
             &sighting,
             if verdict == SamplingVerdict::Skip { MessageOutcome::Passed } else { MessageOutcome::Sent },
         );
-        senders.settled(sighting.seq);
+        senders.settled(sighting.seq, sighting.seq);
         verdict
     }
 
@@ -863,8 +871,8 @@ mod tests {
         // After a restart 10 is sent again, and 20, of another size, is at the target already.
         senders.observe(&sized(10, 100), MessageOutcome::Sent);
         senders.observe(&sized(20, 200), MessageOutcome::Stored);
-        senders.settled(15);
-        senders.settled(20);
+        senders.settled(15, 15);
+        senders.settled(20, 20);
         assert_eq!(senders.verdict(&sized(30, 100)), SamplingVerdict::Copy(CopyCause::Size));
         assert_eq!(senders.verdict(&sized(30, 200)), SamplingVerdict::Skip);
     }
@@ -1077,11 +1085,16 @@ mod tests {
         senders.observe(&sight(1, 0.0, "a"), MessageOutcome::Sent);
         assert_eq!(senders.verdict(&sight(2, 1.0, "a")), SamplingVerdict::Skip);
         assert!(all_records(&mut senders, 0).is_empty(), "it is new with what has not settled");
-        senders.settled(1);
+        assert_eq!(senders.listed("a").unwrap().copied_ns, None);
+        senders.settled(1, 0);
+        assert_eq!(senders.listed("a").unwrap().sequence, 1, "lists do not wait until the position is saved");
+        assert!(all_records(&mut senders, 0).is_empty(), "an instance that takes over reads it again");
+        senders.settled(1, 1);
         let records = all_records(&mut senders, 1);
         assert_eq!(records[0].1.as_ref().unwrap().sequence, 1);
         assert_eq!(senders.written_to(), 1);
         senders.observe(&sight(2, 100.0, "a"), MessageOutcome::Sent);
+        assert_eq!(senders.listed("a").unwrap().sequence, 1, "in flight");
         let records = all_records(&mut senders, 1);
         assert_eq!(records[0].1.as_ref().unwrap().sequence, 1, "seen, and not copied");
         // The run ends; what was sent is sent again.

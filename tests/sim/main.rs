@@ -144,6 +144,13 @@ fn a_chain_over_holes_proves_only_its_own_messages() {
 }
 
 #[test]
+fn records_of_senders_are_not_ahead_of_the_saved_position() {
+    for seed in 1..=200 {
+        run::run_plan(seed, plan::Plan::unsaved_records).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
 fn a_source_that_shrinks_under_its_consumer_is_noticed() {
     for seed in 1..=10 {
         run::run_plan(seed, plan::Plan::shrinking).unwrap_or_else(|error| panic!("{error}"));

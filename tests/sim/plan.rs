@@ -412,6 +412,36 @@ impl Plan {
         }
     }
 
+    /// With sampling, the bucket is in trouble between a write of the records of senders and the save of the position, and the
+    /// process is killed.
+    pub fn unsaved_records(world: &World) -> Self {
+        let at = |from: u64, to: u64| Duration::from_millis(world.between(from, to));
+        let begin = world.between(4_800, 5_200);
+        Self {
+            batched: false,
+            filter: None,
+            max_age: None,
+            keeps: None,
+            source_keeps: None,
+            poison: None,
+            retention: Retention::Limits,
+            neighbour: Vec::new(),
+            dead_letters: false,
+            inspect: Some(at(1_500, 2_500)),
+            senders: 3,
+            large: 1,
+            rates: None,
+            bursts: (0..30).map(|nth| (Duration::from_millis(1_000 + nth * 200), 6)).collect(),
+            begins: vec![Duration::ZERO],
+            ttls: vec![TTL_MS],
+            faults: vec![
+                (Duration::from_millis(begin), Fault::Trouble(at(2_000, 4_000))),
+                (at(begin + 50, begin + 1_500), Fault::Crash(0, at(50, 400))),
+            ],
+            ..Self::draw(world)
+        }
+    }
+
     /// A source loses its end while the process is down. What it still has was copied, and was replaced by copies of what it
     /// lost: only their ids show the target that it had them.
     pub fn replaced(world: &World) -> Self {

@@ -162,8 +162,13 @@ impl PositionWriter {
     /// The source sequence after which an instance that takes over now reads: with sampling, it may be before the saved
     /// position.
     pub fn reads_after(&self) -> u64 {
-        let position = saved_seq(&self.record);
+        let position = self.position();
         self.record.sampled.map_or(position, |sampled| sampled.min(position))
+    }
+
+    /// The source sequence in the saved record.
+    pub fn position(&self) -> u64 {
+        saved_seq(&self.record)
     }
 
     /// The saved record.

@@ -35,7 +35,7 @@ impl Feed<'_> {
     pub(super) fn sample(&mut self, now: Instant, reads_after: u64) {
         let Some(Served { reader, read, sampler: Some(sampler), .. }) = &mut self.session else { return };
         let Some(status) = &mut self.copy.sampling else { return };
-        sampler.settled(self.position.seq);
+        sampler.settled(self.position.seq, self.position.seq);
         sampler.was_read(read.seq, reader.pending() == 0 && reader.peek().is_none());
         sampler.write(self.position.seq, reads_after, now);
         sampler.publish(status, now);
@@ -64,7 +64,7 @@ impl Feed<'_> {
     pub(super) async fn finish_sampling(&mut self, reads_after: u64) {
         let Some(Served { sampler: Some(sampler), .. }) = &mut self.session else { return };
         if let Some(status) = &mut self.copy.sampling {
-            sampler.settled(self.position.seq);
+            sampler.settled(self.position.seq, self.position.seq);
             let _ = timeout(LAST_SAVE, sampler.finish(self.position.seq, reads_after, status)).await;
             let _ = timeout(LAST_ADVISORIES, sampler.finish_post(status)).await;
         }

@@ -257,7 +257,7 @@ async fn known_from_records(count: u64) -> Result<(u64, u64)> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_hundred_thousand_records_are_loaded_in_little_memory() -> Result<()> {
     let (leader, standby) = known_from_records(100_000).await?;
-    assert!(leader < 80 && standby < 80, "leader {leader} MiB, standby {standby} MiB");
+    assert!(leader < 96 && standby < 96, "leader {leader} MiB, standby {standby} MiB");
     Ok(())
 }
 
