@@ -465,6 +465,7 @@ fn assemble<'a>(
             poll_history: PollHistory::default(),
             watchdog: Watchdog::new(now, resume.position.seq),
             consumer_request: None,
+            cleared_at: None,
             renewal: None,
             silent_at: None,
         },

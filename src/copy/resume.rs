@@ -284,8 +284,14 @@ impl Sides<'_> {
             return self.with_tail(known, chained).await;
         };
         // After a move back there is nothing to compare; messages after it were stored since.
-        if target.seq < self.target.state.first_seq || target.source_seq == 0 {
+        if target.source_seq == 0 {
             return self.with_tail(known, false).await;
+        }
+        if target.seq < self.target.state.first_seq {
+            return match self.target_was_refilled(record) {
+                Some(reason) => self.target_lost(known, reason).await,
+                None => self.with_tail(known, false).await,
+            };
         }
         match self.at_target(target.seq).await? {
             Some(message) if self.tag.origin(&message.header).is_some_and(|o| o.seq == target.source_seq) => {
@@ -298,6 +304,9 @@ impl Sides<'_> {
                 self.target_lost(known, reason).await
             }
             None => {
+                if let Some(reason) = self.target_was_refilled(record) {
+                    return self.target_lost(known, reason).await;
+                }
                 // Replaced by a newer message (a KV bucket keeps one per key), consumed, or lost.
                 let resume = self.with_tail(Known { after_target: None, ..known }, false).await?;
                 let newer = !resume.already.is_empty() || resume.target.is_some_and(|found| found.seq > target.seq);
@@ -326,6 +335,16 @@ impl Sides<'_> {
             0 => Some("it is empty and new".to_owned()),
             last => Some(format!("its last sequence is {last}, below the saved {saved}")),
         }
+    }
+
+    /// Why the target, which has no message at the saved sequence, is another one: it was deleted, and a run that could not save
+    /// its position filled it again. Its creation time alone says little, but no message is left that could contradict it.
+    /// Where messages are consumed, none of ours may be left to resume after.
+    fn target_was_refilled(&self, record: &PositionRecord) -> Option<String> {
+        let saved = record.target.as_ref().filter(|target| !target.created.is_empty())?;
+        let another = saved.created != self.target.created && self.target.state.messages > 0;
+        (another && !is_consumed(self.target))
+            .then(|| format!("it was created anew and has no message at the saved sequence {}", saved.seq))
     }
 
     /// The copy that has to be after the saved target sequence, unless the target may have removed it.

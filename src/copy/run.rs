@@ -280,7 +280,8 @@ impl Run<'_> {
         let saved = self.saved_position(positions);
         let window = &self.bounds.window;
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.report.copy.sampling) {
-            sampler.was_read(window.newest().seq, self.source.reader.pending() == 0);
+            let all = self.source.reader.pending() == 0 && self.source.renewal.is_none();
+            sampler.was_read(window.newest().seq, all);
             sampler.settled(window.position().seq, saved);
             sampler.write(saved, positions.reads_after(), now);
             sampler.publish(status, now);

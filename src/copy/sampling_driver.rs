@@ -21,7 +21,8 @@ use super::{
     Job, Samples, SeenSender,
     advisories::{AdvisoryEvent, AdvisoryPublisher},
     flow::position::SenderRecords,
-    source::{clock::SourceClock, reader::Incoming},
+    flow::window::SourcePoint,
+    source::reader::Incoming,
 };
 use crate::{
     events::Event,
@@ -36,8 +37,8 @@ const TOGETHER: usize = 4_096;
 const WRITE_EVERY: Duration = Duration::from_secs(1);
 /// The same where an advisory waits for a write.
 const WRITE_SOON: Duration = Duration::from_millis(20);
-/// How much later senders are judged by the clock: messages stored meanwhile are still on their way.
-const GRACE: Duration = Duration::from_secs(1);
+/// How much later senders are judged by the clock, nanoseconds: messages stored meanwhile are still on their way.
+const GRACE_NS: i64 = 1_000_000_000;
 /// How long acknowledgements at a source that forgets wait for the records of senders.
 const PATIENCE: Duration = Duration::from_secs(10);
 
@@ -60,7 +61,7 @@ pub(crate) struct SamplingDriver {
     /// Messages up to here settled before this run.
     replay_to: u64,
     /// Of those, how far they were read again, until all were: their senders are not known before.
-    replayed: Option<u64>,
+    replayed: Option<SourcePoint>,
     /// The result of inspecting the next message.
     looked: Looked,
     /// Messages before the first one that is read were lost.
@@ -125,7 +126,7 @@ impl SamplingDriver {
             replication: replication.id.clone(),
             inspector: Inspector::new(sampling),
             replay_to: position,
-            replayed: (from < position).then_some(from),
+            replayed: (from < position).then_some(SourcePoint { seq: from, time_ns: None }),
             looked: Looked::default(),
             gap: from > 0 && first_seq > from + 1,
             writing: None,
@@ -229,7 +230,7 @@ impl SamplingDriver {
     pub fn replay(&mut self, incoming: &Incoming<'_>, may_be_refused: bool) {
         self.inspect(incoming);
         if let Some(replayed) = &mut self.replayed {
-            *replayed = self.looked.seq;
+            *replayed = SourcePoint { seq: self.looked.seq, time_ns: Some(self.looked.time_ns) };
         }
         if self.looked.named {
             let fate = if may_be_refused { MessageOutcome::Passed } else { MessageOutcome::Stored };
@@ -247,7 +248,12 @@ impl SamplingDriver {
 
     /// Up to where the records hold once they are written.
     fn known(&self, position: u64) -> u64 {
-        self.replayed.map_or(position, |replayed| position.min(replayed))
+        self.replayed.map_or(position, |replayed| position.min(replayed.seq))
+    }
+
+    /// The message that was read again last, until all that settled before this run were.
+    pub fn replayed(&self) -> Option<SourcePoint> {
+        self.replayed
     }
 
     /// See [`Senders::settled`].
@@ -255,11 +261,16 @@ impl SamplingDriver {
         self.samples.lock().settled(stored, saved);
     }
 
-    /// Finds senders that are unseen, by the clock of the source server if there is nothing to read.
-    pub fn tick(&mut self, idle: bool, status: &mut SamplingStatus, now: Instant, source: &SourceClock) {
-        if idle {
-            let grace = i64::try_from(GRACE.as_nanos()).unwrap_or_default();
-            let clock = source.now_ns(now).saturating_sub(grace);
+    /// Whether anything changes if there is nothing to read at this time of the source server.
+    pub fn depends_on_clock(&self, source_ns: i64) -> bool {
+        self.gap || self.samples.lock().is_due(source_ns.saturating_sub(GRACE_NS))
+    }
+
+    /// Finds senders that are unseen. `clear` is the time of the source server up to which there was nothing to read, if there
+    /// is nothing now.
+    pub fn tick(&mut self, clear: Option<i64>, status: &mut SamplingStatus, now: Instant) {
+        if let Some(clear) = clear {
+            let clock = clear.saturating_sub(GRACE_NS);
             let mut senders = self.samples.lock();
             if std::mem::take(&mut self.gap) {
                 senders.begin_at(clock);

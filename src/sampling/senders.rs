@@ -150,7 +150,7 @@ struct SenderSlot {
     loaded: bool,
 }
 
-/// A copy in flight.
+/// A copy that is in flight, or stored, and not covered by the saved position.
 #[derive(Debug, Clone, Copy)]
 struct Sent {
     seq: u64,
@@ -185,7 +185,7 @@ pub struct Senders {
     due: BinaryHeap<Reverse<(i64, u32)>>,
     /// In source order.
     sent: VecDeque<Sent>,
-    /// The newest copy in flight, by slot.
+    /// The newest of them, by slot.
     newest: HashMap<u32, Sent>,
     /// Everything up to this source sequence has settled.
     stored: u64,
@@ -422,16 +422,8 @@ impl Senders {
         if news && self.rules.by_size_seen {
             self.sized(index, size);
         }
-        let slot = &mut self.slots[index as usize];
-        match fate {
-            MessageOutcome::Passed => {}
-            // A message stored after others in flight counts after them.
-            MessageOutcome::Stored if !self.newest.contains_key(&index) => self.stored(index, sighting),
-            MessageOutcome::Sent | MessageOutcome::Stored => {
-                let sent = Sent { seq, time: time_ns, size, slot: index, generation: slot.generation };
-                self.sent.push_back(sent);
-                self.newest.insert(index, sent);
-            }
+        if fate != MessageOutcome::Passed {
+            self.copied(index, sighting);
         }
     }
 
@@ -464,9 +456,9 @@ impl Senders {
     pub fn replay(&mut self, sighting: &Sighting<'_>, fate: MessageOutcome) {
         let known = self.find(sighting.sender);
         let slot = known.map(|index| &self.slots[index as usize]);
-        let is_copied = slot.is_some_and(|slot| slot.copied != NEVER && sighting.seq <= slot.sequence);
+        let is_copied = slot.is_some_and(|slot| slot.last_copy().covers(sighting.seq));
         let forgotten = self.forgotten.get(sighting.sender).filter(|forgotten| sighting.seq <= forgotten.read);
-        if forgotten.map_or(is_copied, |forgotten| sighting.seq <= forgotten.last_copy().seq) {
+        if forgotten.map_or(is_copied, |forgotten| forgotten.last_copy().covers(sighting.seq)) {
             self.read = self.read.max(sighting.seq);
             return;
         }
@@ -476,7 +468,7 @@ impl Senders {
             Some(index) => {
                 // Its record was written while the copy was in flight.
                 if fate == MessageOutcome::Stored {
-                    self.stored(index, sighting);
+                    self.copied(index, sighting);
                 }
                 self.read = self.read.max(sighting.seq);
             }
@@ -484,11 +476,12 @@ impl Senders {
         }
     }
 
-    /// The message is the sender's newest copy.
-    fn stored(&mut self, index: u32, Sighting { seq, time_ns, size, .. }: &Sighting<'_>) {
-        let slot = &mut self.slots[index as usize];
-        (slot.copied, slot.sequence, slot.size) = (*time_ns, *seq, *size);
-        self.touch(index);
+    /// The message is the sender's newest copy. Its record says so once the position after it is saved.
+    fn copied(&mut self, index: u32, Sighting { seq, time_ns, size, .. }: &Sighting<'_>) {
+        let generation = self.slots[index as usize].generation;
+        let sent = Sent { seq: *seq, time: *time_ns, size: *size, slot: index, generation };
+        self.sent.push_back(sent);
+        self.newest.insert(index, sent);
     }
 
     /// Everything up to `stored` has settled, and everything up to `saved` is never read again by an instance that takes over:
@@ -530,6 +523,11 @@ impl Senders {
             self.forgotten.values_mut().for_each(|forgotten| forgotten.read = forgotten.read.min(position));
         }
         self.written_to.min(position)
+    }
+
+    /// Whether [`Self::advance`] may find a sender unseen at this time.
+    pub fn is_due(&self, now: i64) -> bool {
+        self.due.peek().is_some_and(|Reverse((at, _))| *at < now)
     }
 
     /// Judges which senders are unseen for too long at this time. A sender that is due both ways times out before it
@@ -1168,6 +1166,7 @@ mod tests {
         after.replay(&sight(52, 101.0, "a"), MessageOutcome::Stored);
         assert_eq!(after.verdict(&sight(61, 189.0, "a")), SamplingVerdict::Skip);
         assert_eq!(after.verdict(&sight(61, 200.0, "a")), SamplingVerdict::Copy(CopyCause::Due));
+        after.settled(60, 60);
         assert_eq!(all_records(&mut after, 60)[0].1.as_ref().map(|record| record.sequence), Some(50));
     }
 

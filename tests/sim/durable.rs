@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::time::{Duration, Instant};
 
 use super::{
-    jetstream::Consumer,
+    jetstream::{Consumer, rfc3339},
     server::State,
     stream::{self, Retention, Stream},
 };
@@ -23,6 +23,8 @@ const WINDOW: usize = 16 * 1024;
 pub struct Acks {
     /// Delivered and not acknowledged: by stream sequence, the number of the delivery and when it was.
     pending: BTreeMap<u64, (u64, Instant)>,
+    /// When the last delivery was, while the server runs.
+    active_ns: Option<i64>,
     /// Everything up to here is acknowledged: delivery and stream sequence.
     floor: (u64, u64),
     /// Sequences to deliver again, before any other.
@@ -61,6 +63,7 @@ impl Acks {
         assert_eq!(config["ack_policy"], if push.is_some() { "flow_control" } else { "explicit" });
         Some(Self {
             pending: BTreeMap::new(),
+            active_ns: None,
             floor: (0, before),
             again: VecDeque::new(),
             most: config["max_ack_pending"].as_u64().expect("max_ack_pending") as usize,
@@ -83,6 +86,9 @@ impl Acks {
         let stream_seq = if unused { 0 } else { self.floor.1 };
         info["ack_floor"] = json!({"consumer_seq": self.floor.0, "stream_seq": stream_seq});
         info["num_ack_pending"] = self.pending.len().into();
+        if let Some(active_ns) = self.active_ns {
+            info["delivered"]["last_active"] = rfc3339(active_ns).into();
+        }
     }
 
     /// One delivery is acknowledged; whether that is news.
@@ -112,8 +118,11 @@ impl Consumer {
     /// The server was killed: what it knows by heart is forgotten, and what is on disk is not.
     pub(super) fn restart(&mut self) {
         self.pulls.clear();
-        if let Some(push) = self.acks.as_mut().and_then(|acks| acks.push.as_mut()) {
-            push.asked = None;
+        if let Some(acks) = &mut self.acks {
+            acks.active_ns = None;
+            if let Some(push) = &mut acks.push {
+                push.asked = None;
+            }
         }
     }
 }
@@ -170,6 +179,7 @@ impl State {
 
     /// Serves the first pull; whether there may be more to do.
     fn serve_pull(&mut self, name: &str) -> bool {
+        let now_ns = self.world.now_ns(self.host);
         let Some(consumer) = self.consumers.get_mut(name) else { return false };
         let Some(stream) = self.streams.get(&consumer.stream) else { return false };
         let Some((seq, again)) = Self::next_of(consumer, stream) else { return false };
@@ -189,7 +199,7 @@ impl State {
         if pull.left == 0 || done.is_some() {
             consumer.pulls.remove(0);
         }
-        consumer.delivers(seq, again);
+        consumer.delivers(seq, again, now_ns);
         self.route(&reply, &frame.subject, &frame.ack, &frame.header, &frame.payload);
         if let Some(done) = done {
             self.answer_raw(&reply, done.as_bytes(), b"");
@@ -199,6 +209,7 @@ impl State {
 
     /// Pushes one message; whether there may be more to do.
     fn push_next(&mut self, name: &str) -> bool {
+        let now_ns = self.world.now_ns(self.host);
         let Some(consumer) = self.consumers.get_mut(name) else { return false };
         let Some(stream) = self.streams.get(&consumer.stream) else { return false };
         let next = Self::next_of(consumer, stream);
@@ -214,7 +225,7 @@ impl State {
         }
         let Some((seq, again)) = next else { return false };
         let (frame, to) = (consumer.frame(stream, seq), push.subject.clone());
-        consumer.delivers(seq, again);
+        consumer.delivers(seq, again, now_ns);
         let mut full = false;
         if let Some(push) = consumer.acks.as_mut().and_then(|acks| acks.push.as_mut()) {
             push.out += frame.size();
@@ -438,7 +449,7 @@ impl Consumer {
         Frame { subject, ack, header, payload }
     }
 
-    fn delivers(&mut self, seq: u64, again: bool) {
+    fn delivers(&mut self, seq: u64, again: bool, now_ns: i64) {
         self.delivered += 1;
         let delivery = (self.delivered, Instant::now());
         if let Some(acks) = &mut self.acks {
@@ -446,6 +457,7 @@ impl Consumer {
                 acks.again.pop_front();
             }
             acks.pending.insert(seq, delivery);
+            acks.active_ns = Some(now_ns);
         }
         if !again {
             (self.next, self.last_stream_seq) = (seq + 1, seq);

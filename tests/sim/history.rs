@@ -208,7 +208,9 @@ impl History {
                 self.breach(format!("the source forgot {seq}, which it did not have"));
                 continue;
             };
-            if !self.is_done(number) {
+            // An ack may be on its way when the position is moved back.
+            let copied = self.originals[number].copies.iter().any(|copy| self.copies[*copy].lost.is_none());
+            if !copied && !self.is_done(number) {
                 self.breach(format!("{seq} was acknowledged at the source before it was settled"));
             }
             self.sender_is_known(number);
@@ -311,8 +313,15 @@ impl History {
         let at = self.world.elapsed();
         // What others store at the lost sequences may be replaced in turn: then the copy there may have been as well.
         let tells = keep == 0 || self.plan.keeps.is_none() || self.plan.neighbour.is_empty();
-        if tells && self.saved.target["seq"].as_u64().is_some_and(|seq| seq > keep) && !self.plan.unsure() {
+        let saved = self.saved.target["seq"].as_u64().is_some_and(|seq| seq > keep);
+        if tells && saved && !self.plan.unsure() {
             self.due.push("target-reset");
+        }
+        if saved && !tells {
+            let settled = self.saved.source["seq"].as_u64().unwrap_or_default();
+            for original in self.originals.iter_mut().filter(|o| o.seq <= settled && !o.copies.is_empty()) {
+                original.excused = original.excused.or(Some("lost by a target that does not show it"));
+            }
         }
         for copy in self.copies.iter_mut().filter(|copy| copy.target_seq > keep && copy.lost.is_none()) {
             copy.lost = Some(at);
@@ -403,6 +412,11 @@ impl History {
         self.originals.iter().rposition(|o| o.seq == seq && o.time_ns.div_euclid(1_000_000) == time_ms)
     }
 
+    /// Whether a stream that remembers ids for two minutes still remembers all of them.
+    fn remembers_ids(&self) -> bool {
+        self.world.elapsed() < Duration::from_secs(120) && !self.plan.has(|fault| !fault.hosts().is_empty())
+    }
+
     /// What comes to the source is a dead letter: a message that the target can never store, with what it was about. Once
     /// a stream has it, it is settled.
     pub fn dead_letter(&mut self, arrival: Arrival<'_>, result: Option<Result<Ack, u32>>) {
@@ -417,7 +431,7 @@ impl History {
         } else if arrival.payload != original.payload || subject.as_ref() != Some(&original.subject) || error.is_none()
         {
             self.breach(format!("the dead letter of {seq} is another message"));
-        } else if !ack.duplicate && original.letters.contains(&generation) && self.plan.lasts_less_than_a_window() {
+        } else if !ack.duplicate && original.letters.contains(&generation) && self.remembers_ids() {
             self.breach(format!("{seq} is a dead letter twice"));
         }
         let original = &mut self.originals[number];
@@ -481,8 +495,8 @@ impl History {
         let new_again = self.plan.forgets_senders() || self.may_be_letter(number);
         let newest = self.newest.entry((original.incarnation, generation)).or_default();
         let first = !original.copies.iter().any(|copy| self.copies[*copy].lost.is_none());
-        // The newer run does not send again, so that the ids cannot drop it, what is gone at the source or passed over.
-        let alone = !chained && (!self.held.contains_key(&seq) || original.excused.is_some());
+        // The newer run does not send again, so that the ids cannot drop it, what is gone at the source, too old or passed over.
+        let alone = !chained && (!self.held.contains_key(&seq) || is_old || original.excused.is_some());
         // Skipped as too old by a run that could not save that, and young again for the next one.
         let young_again = is_old && self.plan.has(Fault::sets_source_back);
         if first && !alone && !young_again && !new_again && *newest > number && (self.plan.strict || !original.refused)
@@ -740,12 +754,13 @@ impl History {
 
     /// How many may have to be copied yet: what the source has removed may have been read before.
     pub fn backlog(&self) -> usize {
-        // With few messages of each subject at the target, the progress of the copy is unknown: it restarts.
-        if self.plan.keeps.is_some() && self.plan.has(Fault::target_loses) {
-            return self.held.len();
-        }
         let waits = |o: &&Original| o.wanted && o.excused.is_none() && o.cut.is_none() && o.copies.is_empty();
         let unread = self.originals.iter().filter(waits).count();
+        // With few messages of each subject at the target, the progress of the copy is unknown: it restarts.
+        let restarts = |fault: Fault| fault.target_loses() || fault.source_changes();
+        if self.plan.keeps.is_some() && self.plan.has(restarts) {
+            return unread.max(self.held.len());
+        }
         unread.max(self.held.values().filter(|number| self.is_missing(**number)).count())
     }
 
@@ -768,6 +783,12 @@ impl History {
     pub fn gone_but_replaced(&self) -> BTreeSet<u64> {
         let replaced = self.gone_numbers().filter(|number| self.is_replaced(*number, None));
         replaced.map(|number| self.originals[number].seq).collect()
+    }
+
+    /// Source messages that are gone, and of whose copies the target has kept none: nobody can know that they were copied.
+    pub fn gone_without_trace(&self) -> usize {
+        let there = |o: &Original| o.copies.iter().any(|copy| self.copies[*copy].is_there());
+        self.originals.iter().filter(|o| o.purged && !o.copies.is_empty() && !there(o)).count()
     }
 
     fn gone_numbers(&self) -> impl Iterator<Item = usize> {

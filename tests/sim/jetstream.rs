@@ -462,6 +462,6 @@ impl State {
     }
 }
 
-fn rfc3339(time_ns: i64) -> String {
+pub(super) fn rfc3339(time_ns: i64) -> String {
     DateTime::from_timestamp_nanos(time_ns).to_rfc3339_opts(SecondsFormat::Nanos, true)
 }

@@ -80,7 +80,9 @@ impl Scene {
         let mut limit = seconds(5.0 + 12.0 * 0.6);
         // What is left to copy: each windowful takes a way there and back, and the wait for the end of a batch.
         let backlog = self.history().backlog();
-        let one_by_one = self.plan.strict && (!self.plan.batched || self.plan.has(|fault| fault == Fault::Batches));
+        // A batch of messages that the target has already is refused: then they are sent without batches.
+        let batched = self.plan.batched && self.plan.keeps.is_none() && !self.plan.has(|fault| fault == Fault::Batches);
+        let one_by_one = self.plan.strict && !batched;
         let together = if one_by_one { 1 } else { self.plan.in_flight };
         limit += seconds((backlog / together + 1) as f64 * 0.9);
         if let Some((messages, bytes)) = self.plan.rates {
@@ -170,7 +172,7 @@ impl Scene {
             return Some(format!("{gone:?} were lost at the source, {told:?} were reported"));
         }
         // Skipped messages were reported, and may be counted once more by a process that does not know.
-        let most = (gone.len() + history.left_out().len()) as u64;
+        let most = (gone.len() + history.left_out().len() + history.gone_without_trace()) as u64;
         let right =
             ((gone.len() - replaced.len()) as u64..=if self.told_again() { u64::MAX } else { most }).contains(&count);
         (!right).then(|| format!("{} were lost at the source, {count} were reported", gone.len()))

@@ -174,3 +174,41 @@ fn a_copy_without_a_record_may_be_a_dead_letter() {
 fn acks_of_messages_that_are_gone_prove_nothing() {
     run::run(26_377).unwrap_or_else(|error| panic!("{error}"));
 }
+
+#[test]
+fn a_consumer_that_is_recreated_reads_again_what_sampling_needs() {
+    run::run(100_540).unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[test]
+fn copies_that_were_found_wait_for_the_saved_position() {
+    run::run(93_726).unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[test]
+fn a_copy_of_a_forgotten_sender_counts_when_it_is_read_again() {
+    run::run(143_564).unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[test]
+fn a_mute_consumer_makes_no_sender_unseen() {
+    run::run(57_173).unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[test]
+fn a_durable_that_its_stream_outgrew_is_recreated() {
+    // It passes over new messages of an interest stream, or takes one that another subject has for one of its own.
+    for seed in [41_373, 74_030, 45_546] {
+        run::run(seed).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
+fn a_left_keeper_that_begins_too_late_keeps_nothing() {
+    run::run(133_206).unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[test]
+fn a_target_that_was_refilled_is_another_one() {
+    run::run(41_671).unwrap_or_else(|error| panic!("{error}"));
+}

@@ -707,11 +707,6 @@ impl Plan {
         self.inspect.is_some() && self.is_consumed() && self.records_fail()
     }
 
-    /// Whether a stream that remembers ids for two minutes remembers all of them.
-    pub fn lasts_less_than_a_window(&self) -> bool {
-        self.stormy < Duration::from_secs(60) && !self.has(|fault| !fault.hosts().is_empty())
-    }
-
     /// Whether leases alone keep an older holder from doing anything once a newer one has: clocks do not differ by more
     /// than they may, no live session is removed, and no lease is written by hand.
     pub fn is_lawful(&self) -> bool {

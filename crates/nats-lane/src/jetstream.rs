@@ -266,6 +266,9 @@ pub struct SequencePair {
     /// Sequence of the stream.
     #[serde(default, deserialize_with = "count")]
     pub stream_seq: u64,
+    /// When that was, by the consumer's leader, since it became the leader.
+    #[serde(default)]
+    pub last_active: Option<DateTime<Utc>>,
 }
 
 /// The ack of one publish: which stream stored it, and where.

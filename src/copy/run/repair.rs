@@ -16,6 +16,7 @@ use crate::{
             throttle,
             watchdog::{Consumer, Observation, Reporting, WatchdogAction},
         },
+        sampling_driver::SamplingDriver,
         source::{
             intake::Intake,
             locate,
@@ -33,8 +34,8 @@ impl Run<'_> {
         if let Some((info, asked)) = self.source.state_in(&batch)? {
             self.source_says(info, asked)?;
         }
-        if let Some(info) = self.source.consumer_in(&batch) {
-            self.consumer_is(info.and_then(decode::<ConsumerInfo>))?;
+        if let Some((info, asked)) = self.source.consumer_in(&batch) {
+            self.consumer_is(info.and_then(decode::<ConsumerInfo>), asked)?;
         }
         self.go_on_with_renewal(&batch)?;
         let (dead_lettered, refused) = self.rejects.accept(&batch, &mut self.bounds.window);
@@ -83,8 +84,8 @@ impl Run<'_> {
         Ok(())
     }
 
-    /// Handles the server's answer about our consumer, which the watchdog asked for.
-    fn consumer_is(&mut self, info: Result<ConsumerInfo, nats_lane::Error>) -> Result<(), Error> {
+    /// Handles the server's answer about our consumer, which was requested at `asked`.
+    fn consumer_is(&mut self, info: Result<ConsumerInfo, nats_lane::Error>, asked: Instant) -> Result<(), Error> {
         let consumer = match info {
             Ok(info) => {
                 if let Some(reader) = self.source.reader.plain_mut()
@@ -92,6 +93,9 @@ impl Run<'_> {
                 {
                     // Pending messages may have been removed, by age or by hand.
                     reader.correct_pending(info.num_pending);
+                    if info.num_pending == 0 {
+                        self.source.cleared_at = Some(asked);
+                    }
                 }
                 Consumer::Has(info.num_pending)
             }
@@ -139,13 +143,15 @@ impl Run<'_> {
 
     /// Begins to recreate the consumer.
     fn renew(&mut self, reason: &str, reporting: Reporting) -> Result<(), Error> {
-        let Self { report, source, bounds, times, .. } = self;
+        let Self { report, source, bounds, times, sampler, .. } = self;
         let Replication { id, scope, source: of, .. } = &*report.replication;
         let message = format!("recreating the consumer of stream `{}`: {reason}", of.stream);
         let Some(reader) = source.reader.plain_mut() else { return Err(Error::stalled(ErrorSide::Source, message)) };
         source.consumer_request = None;
         let deletion = reader.abandon(&mut source.lane);
-        let (behind, name) = (bounds.window.newest(), source.names.next());
+        // Messages that are read again for sampling come before everything that the window has seen.
+        let replayed = sampler.as_ref().and_then(SamplingDriver::replayed);
+        let (behind, name) = (replayed.unwrap_or(bounds.window.newest()), source.names.next());
         // The server's answer about the stream may be older than its large messages.
         let counters = &report.copy.counters;
         let read = counters.received_bytes.checked_div(counters.received).unwrap_or_default();

@@ -64,9 +64,16 @@ impl Run<'_> {
         Ok(self.source.reader.check(&self.source.lane, now, self.source.reads)?)
     }
 
+    /// Finds senders that are unseen. With nothing to read, it depends on the consumer whether they are: one that delivers
+    /// nothing, though messages wait, would make all of them unseen.
     fn tick_sampling(&mut self, idle: bool, now: Instant) {
         if let (Some(sampler), Some(status)) = (&mut self.sampler, &mut self.report.copy.sampling) {
-            sampler.tick(idle, status, now, &self.source.clock);
+            let source = &mut self.source;
+            let clear = source.clear_until(now).filter(|_| idle).map(|until| source.clock.now_ns(until));
+            sampler.tick(clear, status, now);
+            if idle && sampler.depends_on_clock(source.clock.now_ns(now)) && source.may_ask_consumer(now) {
+                source.ask_consumer(&self.report.replication.source.stream);
+            }
             for event in sampler.take_events() {
                 self.report.emit(event);
             }

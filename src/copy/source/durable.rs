@@ -8,7 +8,9 @@
 //! No consumer is deleted to read messages again, with one exception. A stream that lost its end may have a consumer
 //! that did not. Servers from 2.14 on lower its delivered sequence and its ack floor to the stream's last sequence.
 //! Older ones leave it ahead: messages that the stream stores next, up to the old delivered sequence, are never
-//! delivered, and the ack floor is about messages that are gone. Such a consumer of ours is deleted and created again.
+//! delivered, and the ack floor is about messages that are gone. Such a consumer of ours is deleted and created again,
+//! also where it only may be ahead: the stream may have grown past it before anyone read again, and then only the times
+//! of its last delivery and of the messages show that.
 //! An interest stream would remove its messages with the consumer: a second one keeps them until the new one exists.
 
 use nats_lane::{
@@ -21,7 +23,10 @@ use tracing::{info, warn};
 
 use crate::{
     config::{Replication, Start},
-    copy::target::{stream::API_LEVEL_2_14, target_limits},
+    copy::{
+        source::locate,
+        target::{stream::API_LEVEL_2_14, target_limits},
+    },
     names,
 };
 
@@ -38,9 +43,9 @@ const ACK_WAIT: Duration = Duration::from_secs(300);
 const HEARTBEAT: Duration = Duration::from_secs(1);
 /// Least `max_ack_pending`.
 const LEAST_PENDING: u64 = 16;
-/// What the name begins with of a consumer that keeps the messages of an interest stream while the durable one is recreated.
+/// What the names begin with of consumers that keep the messages of an interest stream while the durable one is recreated.
 /// No durable consumer of a replication has such a name: its own name would be that of another replication.
-const KEEPER: &str = "sr_keep_";
+const KEEPERS: [&str; 4] = ["sr_keep_", "sr_keep2_", "sr_keep3_", "sr_keep4_"];
 
 /// The advice for everyone who reads that a consumer is in the way.
 const KEEP: &str = "Do not delete the consumer while messages wait for it: an interest stream removes them with it";
@@ -142,8 +147,8 @@ impl Durable {
         lost: bool,
     ) -> Result<Option<Self>, Error> {
         let (delivered, state) = (self.info.delivered.stream_seq, &source.state);
-        let lost = lost || self.may_pass_over(lane, replication, source, position).await?;
-        let grown = lost && stays_ahead(source) && state.first_seq <= delivered;
+        let doubted = !lost && self.may_pass_over(lane, replication, source, position).await?;
+        let grown = (lost || doubted) && stays_ahead(source) && state.first_seq <= delivered;
         if self.way != Way::Explicit || delivered <= position || !(grown || delivered > state.last_seq) {
             return Ok(Some(self));
         }
@@ -152,13 +157,14 @@ impl Durable {
         if !grown && now.is_some_and(|now| delivered <= now.state.last_seq) {
             return Ok(Some(self));
         }
-        self.give_up(lane, replication, source, position).await.map(|()| None)
+        self.give_up(lane, replication, source, position, !doubted).await.map(|()| None)
     }
 
-    /// Whether messages after `position` may wait where it does not deliver them, though it has never had an ack. A new
-    /// consumer begins at the first message that the stream has; what is before that was stored after the stream had lost
-    /// its end. Messages that it delivered are there as well: to deliver them again costs nothing. (After the first ack
-    /// the position is never below the floor, and the message there shows the loss.)
+    /// Whether messages after `position` may wait where it does not deliver them: they were stored after the stream had lost
+    /// its end, and take sequences of messages that it delivered before. They are later than its last delivery. Where it
+    /// does not say when that was, because its server was restarted since, or where it has never had an ack, any message
+    /// there counts: those that it delivered are there as well, and to deliver them again costs nothing. (At or below the
+    /// position, the message there shows the loss.)
     async fn may_pass_over(
         &self,
         lane: &mut Lane,
@@ -167,11 +173,21 @@ impl Durable {
         position: u64,
     ) -> Result<bool, Error> {
         let delivered = self.info.delivered.stream_seq;
-        if !stays_ahead(source) || !self.is_unused() || !is_ours(&self.info.config) || delivered <= position {
+        if !stays_ahead(source) || !is_ours(&self.info.config) || delivered <= position {
             return Ok(false);
         }
-        let first = Api::new(lane).message_from(&replication.source.stream, position + 1).await?;
-        Ok(first.is_some_and(|first| first.sequence <= delivered))
+        let stream = &replication.source.stream;
+        let Some(last) = self.info.delivered.last_active.filter(|_| !self.is_unused()) else {
+            let first = Api::new(lane).message_from(stream, position + 1).await?;
+            return Ok(first.is_some_and(|first| first.sequence <= delivered));
+        };
+        let newest = Api::new(lane).message_from(stream, delivered).await?;
+        if let Some(newest) = newest.filter(|newest| newest.sequence == delivered) {
+            return Ok(last.timestamp_nanos_opt().is_some_and(|last| newest.time_ns > last));
+        }
+        // That one was removed since.
+        let before = locate::search_time(lane, stream, &source.state, last).await?;
+        Ok(before < delivered)
     }
 
     /// Whether the ack floor proves nothing about the messages of the stream, because the stream lost its end.
@@ -188,6 +204,7 @@ impl Durable {
         replication: &Replication,
         source: &StreamInfo,
         position: u64,
+        certain: bool,
     ) -> Result<(), Error> {
         let stream = &replication.source.stream;
         let delivered = self.info.delivered.stream_seq;
@@ -208,28 +225,39 @@ impl Durable {
             self.keep_messages(lane, replication, position).await?;
         }
         let (id, consumer) = (&replication.id, &self.name);
-        if self.is_unused() {
-            info!(
-                replication = id,
-                stream, consumer, delivered, position, "recreating the consumer, which never had an ack"
-            );
-        } else {
+        if certain {
             let why = "the durable consumer is ahead of its stream, which lost its end";
             warn!(replication = id, stream, consumer, delivered, position, "{why}: recreating it");
+        } else {
+            let why = "it may be ahead of its stream";
+            info!(replication = id, stream, consumer, delivered, position, "recreating the durable consumer: {why}");
         }
         Api::new(lane).delete_consumer(stream, &self.name).await
     }
 
     /// Creates a second consumer that keeps the messages after `position`. It stays until the durable consumer exists
     /// again or the replication is deleted, however long the process is down meanwhile: the stream removes messages that
-    /// no consumer wants. An earlier try may have left one: no server changes where a consumer begins, and one that
-    /// begins earlier keeps as much.
+    /// no consumer wants. An earlier try may have left one. One that begins earlier keeps as much; beside one that begins later,
+    /// another is needed: no server changes where a consumer begins, and servers before 2.14 remove messages when any
+    /// consumer ends beside one that is ahead.
     async fn keep_messages(&self, lane: &mut Lane, replication: &Replication, position: u64) -> Result<(), Error> {
-        let (stream, name) = (&replication.source.stream, keeper(&self.name));
-        let there = Api::new(lane).consumer_info(stream, &name).await?;
-        if there.is_some_and(|there| there.config["opt_start_seq"].as_u64().is_none_or(|from| from <= position + 1)) {
-            return Ok(());
-        }
+        let stream = &replication.source.stream;
+        let mut left = Vec::new();
+        let name = loop {
+            let Some(name) = keepers(&self.name).nth(left.len()) else {
+                return Err(Error::retry(format!(
+                    "consumers {} of source stream `{stream}` were left by runs that were interrupted, and keep no messages before \
+                     sequence {}",
+                    left.join(", "),
+                    position + 1
+                )));
+            };
+            let Some(there) = Api::new(lane).consumer_info(stream, &name).await? else { break name };
+            if there.config["opt_start_seq"].as_u64().is_none_or(|from| from <= position + 1) {
+                return Ok(());
+            }
+            left.push(name);
+        };
         let mut config = json!({
             "name": name,
             "durable_name": name,
@@ -264,7 +292,7 @@ impl Durable {
             let info = created.map_err(|error| not_made(error, &name, source, stream))?;
             // Also where the server is newer by now than the one that needed it.
             if source.text("retention") != "workqueue" {
-                Api::new(lane).delete_consumer(stream, &keeper(&name)).await?;
+                remove_keepers(lane, stream, &name).await?;
             }
             return Ok(Self { name, way, info });
         };
@@ -276,7 +304,7 @@ impl Durable {
         let keeps = way == Way::Explicit && source.text("retention") != "workqueue";
         if keeps && info.delivered.stream_seq <= position {
             // A process that ended too soon may have left one. This consumer delivers all that it keeps.
-            lane.send_request(&format!("{}.CONSUMER.DELETE.{stream}.{}", lane.api_prefix(), keeper(&name)), b"");
+            remove_keepers(lane, stream, &name).await?;
         }
         let mut info = if config == info.config {
             info
@@ -298,9 +326,24 @@ fn stays_ahead(source: &StreamInfo) -> bool {
     Way::of(source) == Way::Explicit
 }
 
-/// Name of the consumer that keeps the messages of an interest stream while another one is recreated.
-fn keeper(name: &str) -> String {
-    format!("{KEEPER}{name}")
+/// Names of consumers that keep the messages of an interest stream while this one is recreated, in the order of their use.
+fn keepers(name: &str) -> impl DoubleEndedIterator<Item = String> + '_ {
+    KEEPERS.iter().map(move |prefix| format!("{prefix}{name}"))
+}
+
+/// Deletes them, the last one first: there is none after one that does not exist.
+async fn remove_keepers(lane: &mut Lane, stream: &str, name: &str) -> Result<(), Error> {
+    let (mut api, mut there) = (Api::new(lane), Vec::new());
+    for keeper in keepers(name) {
+        if api.consumer_info(stream, &keeper).await?.is_none() {
+            break;
+        }
+        there.push(keeper);
+    }
+    for keeper in there.iter().rev() {
+        api.delete_consumer(stream, keeper).await?;
+    }
+    Ok(())
 }
 
 /// The sequence to which a push consumer is reset; `None` for its ack floor.
@@ -324,7 +367,7 @@ pub(crate) async fn remove(dial: &dyn Dial, replication: &Replication, owner: Ow
     let (mut api, mut removed) = (Api::new(&mut lane), false);
     for name in Durable::names(replication) {
         let ours = |config: &Value| is_ours(config) && other_owner(replication, owner, config).is_none();
-        for name in [keeper(&name), name] {
+        for name in keepers(&name).rev().chain([name.clone()]) {
             if api.consumer_info(stream, &name).await?.is_some_and(|info| ours(&info.config)) {
                 api.delete_consumer(stream, &name).await?;
                 removed = true;
@@ -551,7 +594,7 @@ mod tests {
         let info = json!({"config": {"metadata": {MARK: "S.x"}}, "delivered": {"stream_seq": 20}});
         let info = serde_json::from_value(info).unwrap();
         let durable = Durable { name: "SR_x".to_owned(), way: Way::Explicit, info };
-        let give_up = durable.give_up(&mut lane, &replication, &source, 12);
+        let give_up = durable.give_up(&mut lane, &replication, &source, 12, true);
         let mut asked = Vec::new();
         let answer = async {
             loop {

@@ -130,9 +130,8 @@ pub(crate) async fn before_time(
     names: &Names,
     time: DateTime<Utc>,
 ) -> Result<u64, nats::Error> {
-    let time_ns = time.timestamp_nanos_opt().unwrap_or(i64::MAX);
     if Durable::is_needed(info) {
-        return search_time(lane, stream, &info.state, time_ns).await;
+        return search_time(lane, stream, &info.state, time).await;
     }
     let name = names.by_time();
     let config = json!({
@@ -152,13 +151,20 @@ pub(crate) async fn before_time(
             Ok(created.delivered.stream_seq)
         }
         Err(error) if error.is_api(TOO_MANY_CONSUMERS) || error.is_api(CONSUMER_EXISTS) => {
-            search_time(lane, stream, &info.state, time_ns).await
+            search_time(lane, stream, &info.state, time).await
         }
         Err(error) => Err(error),
     }
 }
 
-async fn search_time(lane: &mut Lane, stream: &str, state: &StreamState, time_ns: i64) -> Result<u64, nats::Error> {
+/// The same by a binary search: one request for each halving of the stream.
+pub(in crate::copy) async fn search_time(
+    lane: &mut Lane,
+    stream: &str,
+    state: &StreamState,
+    time: DateTime<Utc>,
+) -> Result<u64, nats::Error> {
+    let time_ns = time.timestamp_nanos_opt().unwrap_or(i64::MAX);
     // Everything below `low` was stored before the time, no message from `high` on.
     let (mut low, mut high) = (state.first_seq.max(1), state.last_seq + 1);
     // The first message from `high` on: sequences before it may be empty.

@@ -27,6 +27,8 @@ use crate::{
 pub(in crate::copy) const INFO_EVERY: Duration = Duration::from_secs(10);
 /// The same while messages wait that the source may soon remove.
 pub(in crate::copy) const INFO_SOONEST: Duration = Duration::from_secs(1);
+/// After that the consumer may be asked for its state again, though it has not answered.
+const CONSUMER_ANSWER: Duration = Duration::from_secs(5);
 
 /// The source side of a run.
 #[derive(Debug)]
@@ -50,8 +52,10 @@ pub(in crate::copy) struct SourceHalf {
     pub retention: Retention,
     pub poll_history: PollHistory,
     pub watchdog: Watchdog,
-    /// The request for the state of the consumer, while it is unanswered.
-    pub consumer_request: Option<String>,
+    /// The request for the state of the consumer, while it is unanswered, and when it was sent.
+    pub consumer_request: Option<(String, Instant)>,
+    /// When the newest request was sent whose answer said that nothing waits for the consumer.
+    pub cleared_at: Option<Instant>,
     pub renewal: Option<ConsumerRenewal>,
     /// When the consumer is checked unless it gives a sign of life before.
     pub silent_at: Option<Instant>,
@@ -115,14 +119,28 @@ impl SourceHalf {
     pub fn ask_consumer(&mut self, stream: &str) {
         let Some(reader) = self.reader.plain() else { return };
         let subject = format!("{}.CONSUMER.INFO.{stream}.{}", self.lane.api_prefix(), reader.consumer());
-        self.consumer_request = Some(self.lane.send_request(&subject, b""));
+        self.consumer_request = Some((self.lane.send_request(&subject, b""), Instant::now()));
     }
 
-    /// The payload of the answer about the consumer, if it is in the batch.
-    pub fn consumer_in<'b>(&mut self, batch: &'b Batch) -> Option<Result<&'b [u8], Error>> {
-        let answer = self.consumer_request.as_deref().and_then(|request| answer_in(batch, request))?;
+    /// The payload of the answer about the consumer, if it is in the batch, and when it was requested.
+    pub fn consumer_in<'b>(&mut self, batch: &'b Batch) -> Option<(Result<&'b [u8], Error>, Instant)> {
+        let (request, asked) = self.consumer_request.as_ref()?;
+        let answer = answer_in(batch, request)?;
+        let asked = *asked;
         self.consumer_request = None;
-        Some(answer)
+        Some((answer, asked))
+    }
+
+    /// Whether the consumer can be asked for its state, and is not being asked.
+    pub fn may_ask_consumer(&self, now: Instant) -> bool {
+        let unanswered = |(_, asked): &(String, Instant)| now.duration_since(*asked) < CONSUMER_ANSWER;
+        self.reader.plain().is_some() && !self.consumer_request.as_ref().is_some_and(unanswered)
+    }
+
+    /// Up to when it is known that nothing waited at the source, given that the consumer last said so. A plain one may deliver
+    /// nothing, though messages wait: its own word counts. The others are not asked.
+    pub fn clear_until(&self, now: Instant) -> Option<Instant> {
+        if self.reader.plain().is_some() { self.cleared_at } else { Some(now) }
     }
 
     /// When the consumer has to be checked unless it gives a sign of life before. Called at each turn of the loop.

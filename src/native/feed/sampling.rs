@@ -45,7 +45,8 @@ impl Feed<'_> {
     pub(super) fn tick_sampling(&mut self, now: Instant) {
         let Some(Served { reader, session, sampler: Some(sampler), .. }) = &mut self.session else { return };
         let Some(status) = &mut self.copy.sampling else { return };
-        sampler.tick(session.is_settled() && reader.pending() == 0, status, now, &self.clock);
+        let idle = session.is_settled() && reader.pending() == 0;
+        sampler.tick(idle.then(|| self.clock.now_ns(now)), status, now);
         sampler.update_status(status, now);
         for event in sampler.take_events() {
             self.events.emit(event, &self.job.replication.id);

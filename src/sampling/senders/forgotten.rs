@@ -31,6 +31,11 @@ impl LastCopy {
     fn of(sighting: &Sighting<'_>) -> Self {
         Self { time: sighting.time_ns, seq: sighting.seq, size: sighting.size }
     }
+
+    /// Whether it is this message, or a later one.
+    pub(super) fn covers(&self, seq: u64) -> bool {
+        self.time != NEVER && seq <= self.seq
+    }
 }
 
 impl Forgotten {
