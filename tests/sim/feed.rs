@@ -21,9 +21,9 @@ use stream_replicator::{
     config,
     copy::{self, Budget, ErrorKind, Job, KnownOrigins, PositionWriter, WaysBack},
     events::Events,
-    native::{self, FeedSubjects},
+    native,
     status::{CopyStatus, Row, State},
-    store::{ClaimError, OwnStreams, PositionStore},
+    store::{ClaimError, OwnStreams, PositionStore, SourceMessage},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -33,14 +33,16 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
+    feed_plan::{Fault, FeedPlan, OnReject},
     history::History,
-    ingest::{Ingest, origin_of},
+    ingest::{Asks, Ingest, origin_of},
     keys::{Handle, Keys},
-    plan::{Plan, Side, TTL_MS, Way},
+    plan::{Plan, Side, TTL_MS},
     process::{Hands, process},
     run::{ID, INSTANCES},
-    server::{Network, Server, Tamper, Who},
-    stream::{Config, Retention, Stored, Stream},
+    senders::{Judge, Records},
+    server::{Network, Server, Who},
+    stream::{Config, Stored, Stream, value},
     world::{Host, World},
 };
 
@@ -50,81 +52,8 @@ const HELD: Duration = Duration::from_secs(10);
 const RIGHT_WITHIN: Duration = Duration::from_secs(400);
 /// How long nothing of another stream may arrive.
 const WATCHED: Duration = Duration::from_secs(120);
-
-/// What happens to a feed.
-#[derive(Debug, Clone, Copy)]
-enum Fault {
-    /// The process of a feed ends, and is away for a while.
-    Crash(usize, Duration),
-    /// It does not run for a while.
-    Freeze(usize, Duration),
-    Cut(Side),
-    Restart(Side, Duration),
-    FreezeServer(Side, Duration),
-    /// A frame between target and feed, after so many others, is lost or arrives twice.
-    Tamper(u64, Tamper),
-    Slow(Side, Way, Duration),
-    HalfOpen(Side, Way),
-    /// The source removes this many of its messages.
-    Delete(u64),
-    /// The other process takes over; the old one hears of it, or not.
-    HandOver {
-        heard: bool,
-    },
-}
-
-/// One run.
-#[derive(Debug, Clone)]
-struct FeedPlan {
-    is_mirror: bool,
-    /// The target's server is of 2.14 or later.
-    is_new: bool,
-    /// Both processes feed for all of the time, each with a record of its own.
-    rivals: bool,
-    /// A subject that is excluded.
-    excludes: bool,
-    in_flight: u64,
-    bursts: Vec<(Duration, u64)>,
-    faults: Vec<(Duration, Fault)>,
-    /// When the source is replaced by another stream of its name.
-    recreated: Option<Duration>,
-}
-
-impl FeedPlan {
-    fn draw(world: &World) -> Self {
-        let time = || world.millis(0, 60_000);
-        let side = || if world.once_in(2) { Side::Source } else { Side::Target };
-        let way = || if world.once_in(2) { Way::To } else { Way::From };
-        let which = || world.between(0, 1) as usize;
-        let fault = || match world.between(0, 11) {
-            0 | 1 => Fault::Crash(which(), world.millis(0, 30_000)),
-            2 | 3 => Fault::Freeze(which(), world.millis(0, 40_000)),
-            4 => Fault::Cut(side()),
-            5 => Fault::Restart(side(), world.millis(0, 20_000)),
-            6 => Fault::FreezeServer(side(), world.millis(0, 15_000)),
-            7 => Fault::Tamper(world.between(0, 200), if world.once_in(2) { Tamper::Lose } else { Tamper::Twice }),
-            8 => Fault::Slow(side(), way(), world.millis(0, 3_000)),
-            9 => Fault::HalfOpen(side(), way()),
-            10 => Fault::Delete(world.between(1, 30)),
-            _ => Fault::HandOver { heard: world.once_in(2) },
-        };
-        let mut bursts: Vec<_> = (0..world.between(1, 12)).map(|_| (time(), world.between(1, 120))).collect();
-        let mut faults: Vec<_> = (0..world.between(0, 12)).map(|_| (time(), fault())).collect();
-        bursts.sort_by_key(|(at, _)| *at);
-        faults.sort_by_key(|(at, _)| *at);
-        let rivals = world.once_in(6);
-        Self {
-            is_mirror: world.once_in(2),
-            is_new: world.once_in(2),
-            rivals,
-            excludes: world.once_in(4),
-            in_flight: if world.once_in(2) { world.between(1, 20) } else { 2_000 },
-            bursts,
-            faults,
-            recreated: (!rivals && world.once_in(5)).then(|| world.millis(20_000, 60_000)),
-        }
-    }
-}
+/// How much longer all takes for each message that the target refuses.
+const REFUSED_WITHIN: Duration = Duration::from_secs(60);
 
 /// Both processes, and who leads.
 struct FeedScene {
@@ -143,17 +72,26 @@ struct FeedScene {
     /// What the source has removed.
     removed: Mutex<BTreeSet<u64>>,
     is_recreated: Mutex<bool>,
+    senders: [Arc<Records>; 2],
+    /// The message that an operator asked to skip.
+    skip: Mutex<Option<SourceMessage>>,
     events: Events,
+    breaches: Arc<Mutex<Vec<String>>>,
     ends: Mutex<Vec<String>>,
 }
 
 /// Runs one seed; the error says what was violated.
 pub fn run(seed: u64) -> Result<Duration, String> {
+    run_plan(seed, FeedPlan::draw)
+}
+
+/// Runs one seed by a plan of its own.
+pub fn run_plan(seed: u64, plan: impl FnOnce(&World) -> FeedPlan) -> Result<Duration, String> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build();
     let result = runtime.expect("a runtime").block_on(async {
         let world = World::new(seed);
         entropy::stand_in(Some(Rc::new(world.luck(seed))));
-        let plan = FeedPlan::draw(&world);
+        let plan = plan(&world);
         let scene = FeedScene::set(world, plan.clone());
         let result = scene.clone().play().await;
         let ends = scene.ends.lock().expect("ends").join("\n  ");
@@ -168,22 +106,29 @@ impl FeedScene {
         let history = Arc::new(Mutex::new(History::new(world.clone(), Plan::draw(&world))));
         let source = Server::start(&world, "source", 1 << 20, history.clone());
         let target = Server::start(&world, "target", 1 << 20, history);
-        let config = Config { level: if plan.is_new { 4 } else { 2 }, ..Config::DEFAULT };
-        assert!(config.retention == Retention::Limits);
-        source.make(Stream::new("S", config, world.now_ns(Host::Source)));
+        let config = plan.target();
+        source.make(Stream::new("S", Config { max_size: None, ..config }, world.now_ns(Host::Source)));
+        source.make(Stream::new("DEAD", Config::DEFAULT, world.now_ns(Host::Source)));
         target.make(Stream::new("T", config, world.now_ns(Host::Target)));
-        let subjects = FeedSubjects::of("SITE", ID);
-        target.ingest(Ingest::new("T", plan.is_mirror, (subjects.api(), subjects.deliver()), plan.is_new));
+        target.cluster(plan.nodes);
+        target.ingest(Ingest::new("T", plan.is_mirror, FeedPlan::subjects(), plan.asks));
         let (sink, mut events) = mpsc::unbounded_channel::<(String, Vec<u8>)>();
         tokio::spawn(async move { while events.recv().await.is_some() {} });
         let records = || Keys::new(world.clone(), "positions", Box::new(|_| {}));
         let first = records();
         let second = if plan.rivals { records() } else { first.clone() };
+        let breaches = Arc::default();
+        let senders = || Records::new(world.clone(), judge_of_records(&plan, target.clone(), &breaches));
+        let senders_of_first = senders();
+        let senders_of_second = if plan.rivals { senders() } else { senders_of_first.clone() };
         Arc::new(Self {
             events: Events::to(sink, "replicator", "SITE", "one"),
             source,
             target,
             records: [first, second],
+            senders: [senders_of_first, senders_of_second],
+            skip: Mutex::default(),
+            breaches,
             hands: Default::default(),
             epoch: AtomicU64::new(2),
             heard: Mutex::default(),
@@ -221,6 +166,18 @@ impl FeedScene {
         if self.plan.excludes {
             document["exclude_subjects"] = json!(["s.3"]);
         }
+        if let Some(inspect) = self.plan.inspect {
+            document["inspect_subject_token"] = 2.into();
+            document["inspect_duration"] = format!("{}ms", inspect.as_millis()).into();
+        }
+        match self.plan.refuses.map(|refuses| refuses.on_reject) {
+            Some(OnReject::Skip) => document["on_reject"] = "skip".into(),
+            Some(OnReject::DeadLetter) => {
+                document["on_reject"] = "dead_letter".into();
+                document["dead_letter"] = json!({"subject": "dead.letter"});
+            }
+            Some(OnReject::Hold) | None => {}
+        }
         let replication = config::parse_value(&document, "SITE").expect("a document");
         let feed = replication.native.clone().expect("a feed");
         let mut backoff = Backoff::RETRY;
@@ -251,6 +208,12 @@ impl FeedScene {
             let Err(error) = result else { continue };
             tracing::debug!(at = ?self.world.elapsed(), which, %error, "a feed ended");
             self.note(which, format!("{:?}: {error}", error.kind));
+            // A dead letter that cannot be stored now is tried again.
+            if let Some(poison) =
+                error.poison.as_ref().filter(|_| !error.to_string().contains("nor can it be published"))
+            {
+                self.is_held(poison.message);
+            }
             let delay = match error.kind {
                 ErrorKind::Superseded => Duration::from_secs(1),
                 ErrorKind::Hold => jitter(HELD, chance()),
@@ -286,8 +249,11 @@ impl FeedScene {
             budget: Budget::new(1 << 20),
             neighbour: None,
             ways_back: WaysBack::fixed(KnownOrigins::default()),
-            skip: None,
-            samples: None,
+            skip: *self.skip.lock().expect("skip"),
+            samples: replication
+                .sampling
+                .as_ref()
+                .map(|sampling| self.senders[which].load(sampling, self.handle(which))),
             consumers: copy::consumer_prefix("SITE", "", ID),
             own_streams: OwnStreams::default(),
             standalone: false,
@@ -341,19 +307,14 @@ impl FeedScene {
     }
 
     fn store(&self, number: u64) {
-        let header: &[u8] = match number % 4 {
-            0 => b"",
-            1 => b"NATS/1.0\r\nA: b\r\n\r\n",
-            _ => b"NATS/1.0\r\nodd\r\nA:  c\r\nA: d\r\n\r\n",
-        };
         let subject = format!("s.{}", number % 5);
         let is_recreated = *self.is_recreated.lock().expect("recreated");
         // Another stream does not give the same sequence in the same nanosecond.
         let now_ns = self.world.now_ns(Host::Source) + number as i64 + if is_recreated { 500_000 } else { 0 };
-        let payload = format!("{number} {is_recreated}");
-        let seq = self.source.with("S", |stream| stream.store(&subject, header, payload.as_bytes(), now_ns));
+        let (header, payload) = self.plan.content(number, is_recreated);
+        let seq = self.source.with("S", |stream| stream.store(&subject, &header, &payload, now_ns));
         if !is_recreated {
-            let stored = Stored { subject, header: header.to_vec(), payload: payload.into_bytes(), time_ns: now_ns };
+            let stored = Stored { subject, header, payload, time_ns: now_ns };
             self.originals.lock().expect("originals").insert(seq, stored);
         }
     }
@@ -370,7 +331,7 @@ impl FeedScene {
         *self.is_recreated.lock().expect("recreated") = true;
         let before = self.source.with("S", |stream| stream.last);
         let mut another = Stream::new("S", Config::DEFAULT, self.world.now_ns(Host::Source));
-        another.config.level = if self.plan.is_new { 4 } else { 2 };
+        another.config.level = if self.plan.asks == Asks::Old { 2 } else { 4 };
         self.source.make(another);
         for number in 1..=before + 50 {
             self.store(number);
@@ -407,6 +368,17 @@ impl FeedScene {
                     self.removed.lock().expect("removed").insert(seq);
                 }
             }
+            Fault::MoveLeader => self.target.move_leader(),
+            Fault::NodeDown(node, time) => self.target.node_down(node, time),
+            Fault::CutFed => self.target.cut_fed(),
+            Fault::Full(time) => {
+                self.target.with("T", |stream| stream.max_messages = Some(stream.messages.len()));
+                let target = self.target.clone();
+                tokio::spawn(async move {
+                    sleep(time).await;
+                    target.with("T", |stream| stream.max_messages = None);
+                });
+            }
             Fault::HandOver { heard } => {
                 self.epoch.fetch_add(1, Ordering::Relaxed);
                 let old = std::mem::take(&mut *self.heard.lock().expect("heard"));
@@ -420,9 +392,16 @@ impl FeedScene {
     /// Waits until the target has everything; it never has anything else.
     async fn judge(&self) -> Result<Duration, String> {
         let begun = Instant::now();
-        let limit = if *self.is_recreated.lock().expect("recreated") { WATCHED } else { RIGHT_WITHIN };
+        let limit = match *self.is_recreated.lock().expect("recreated") {
+            true => WATCHED,
+            false => RIGHT_WITHIN + REFUSED_WITHIN * self.refused().len() as u32,
+        };
         loop {
             self.nothing_else()?;
+            self.letters_are_right()?;
+            if let Some(breach) = self.breaches.lock().expect("breaches").first() {
+                return Err(breach.clone());
+            }
             let missing = self.missing();
             let is_recreated = *self.is_recreated.lock().expect("recreated");
             if !is_recreated && missing.is_none() {
@@ -436,10 +415,6 @@ impl FeedScene {
             }
             sleep(Duration::from_millis(500)).await;
         }
-    }
-
-    fn excluded(&self, message: &Stored) -> bool {
-        self.plan.excludes && message.subject == "s.3"
     }
 
     /// Sequences at the source that the target has messages of, with those.
@@ -463,7 +438,7 @@ impl FeedScene {
                 return Err(format!("message {seq} comes after {before}"));
             }
             before = seq;
-            let Some(original) = originals.get(&seq).filter(|original| !self.excluded(original)) else {
+            let Some(original) = originals.get(&seq).filter(|original| !self.plan.is_excluded(original)) else {
                 return Err(format!("message {seq} was never to be there: {copy:?}"));
             };
             let same = original.subject == copy.subject
@@ -477,11 +452,103 @@ impl FeedScene {
         Ok(())
     }
 
-    /// The first message that the source has and the target has not.
+    /// The first message that the source has, and neither the target nor, where it is refused, a dead letter.
     fn missing(&self) -> Option<u64> {
-        let there: BTreeSet<u64> = self.at_target().into_iter().map(|(seq, _)| seq).collect();
+        let there: BTreeMap<u64, Stored> = self.at_target().into_iter().collect();
+        let letters: BTreeSet<Vec<u8>> = self.letters().into_iter().map(|letter| letter.payload).collect();
+        let is_lettered = self.plan.refuses.is_some_and(|refuses| refuses.on_reject == OnReject::DeadLetter);
         let (originals, removed) = (self.originals.lock().expect("originals"), self.removed.lock().expect("removed"));
-        let wanted = originals.iter().filter(|(seq, message)| !removed.contains(seq) && !self.excluded(message));
-        wanted.map(|(seq, _)| *seq).find(|seq| !there.contains(seq))
+        let wanted =
+            originals.iter().filter(|(seq, message)| !removed.contains(seq) && !self.plan.is_excluded(message));
+        let is_there = |seq: &u64, message: &Stored| match self.plan.is_refused(*seq, message) {
+            true => !is_lettered || letters.contains(&message.payload),
+            false => there.contains_key(seq),
+        };
+        let missing =
+            wanted.filter(|(seq, message)| !is_there(seq, message) && !self.is_sampled(**seq, message, &there));
+        missing.map(|(seq, _)| *seq).next()
     }
+
+    /// Whether the target has another message of its sender that is so little older that it is not to be given.
+    fn is_sampled(&self, seq: u64, message: &Stored, there: &BTreeMap<u64, Stored>) -> bool {
+        let Some(inspect) = self.plan.inspect else { return false };
+        let before = there.range(..seq).rev().find(|(_, copy)| copy.subject == message.subject);
+        before.is_some_and(|(_, copy)| message.time_ns - copy.time_ns <= inspect.as_nanos() as i64)
+    }
+
+    /// Sequences of the messages that the target refuses.
+    fn refused(&self) -> Vec<u64> {
+        let originals = self.originals.lock().expect("originals");
+        originals.iter().filter(|(seq, message)| self.plan.is_refused(**seq, message)).map(|(seq, _)| *seq).collect()
+    }
+
+    fn letters(&self) -> Vec<Stored> {
+        self.source.with("DEAD", |stream| stream.messages.values().cloned().collect())
+    }
+
+    /// Each dead letter is one of a message that the target refuses, as it was; a second one only where the stream of dead letters
+    /// does not know the id of the first one any more.
+    fn letters_are_right(&self) -> Result<(), String> {
+        let originals = self.originals.lock().expect("originals");
+        let mut letters: BTreeMap<Vec<u8>, i64> = BTreeMap::new();
+        for letter in self.letters() {
+            let of = originals.iter().find(|(_, original)| original.payload == letter.payload);
+            let Some((seq, original)) = of.filter(|(seq, original)| self.plan.is_refused(**seq, original)) else {
+                return Err(format!("a dead letter of what the target can store: {letter:?}"));
+            };
+            if value(&letter.header, "Choria-SR-Subject").as_ref() != Some(&original.subject) {
+                return Err(format!("the dead letter of message {seq} is another one: {letter:?}"));
+            }
+            let before = letters.insert(letter.payload, letter.time_ns);
+            let is_known = |before: i64| letter.time_ns - before < Config::DEFAULT.window_ns;
+            if before.is_some_and(is_known) && !self.plan.rivals {
+                return Err(format!("message {seq} has two dead letters"));
+            }
+        }
+        Ok(())
+    }
+
+    /// A feed is held for a message: an operator has it skipped, if it is the message that the target cannot store.
+    fn is_held(&self, message: SourceMessage) {
+        let originals = self.originals.lock().expect("originals");
+        let original = originals.get(&message.seq).filter(|original| original.time_ns == message.time_ns);
+        if original.is_some_and(|original| self.plan.is_refused(message.seq, original)) {
+            if self.plan.refuses.is_some_and(|refuses| refuses.on_reject == OnReject::Hold) {
+                *self.skip.lock().expect("skip") = Some(message);
+            } else if self.follows_a_stored_one(&originals, message.seq) {
+                let what = format!("held for {message:?}, after others were stored, and `on_reject` is not `hold`");
+                self.breaches.lock().expect("breaches").push(what);
+            }
+        } else if self.plan.faults.iter().any(|(_, fault)| matches!(fault, Fault::Full(_))) {
+            // It continues by itself once there is room.
+        } else {
+            self.breaches.lock().expect("breaches").push(format!("held for {message:?}, which the target can store"));
+        }
+    }
+
+    /// Whether the target has to store something between a message and the one before it that it refuses.
+    fn follows_a_stored_one(&self, originals: &BTreeMap<u64, Stored>, seq: u64) -> bool {
+        let removed = self.removed.lock().expect("removed");
+        let mut before = originals.range(..seq).rev().filter(|(seq, _)| !removed.contains(seq));
+        let next = before.find(|(_, message)| !self.plan.is_excluded(message));
+        self.plan.inspect.is_none() && next.is_none_or(|(seq, message)| !self.plan.is_refused(*seq, message))
+    }
+}
+
+/// What the record of a sender says was copied is at the target. Of rivals, one does not know what the other one gave.
+fn judge_of_records(plan: &FeedPlan, target: Arc<Server>, breaches: &Arc<Mutex<Vec<String>>>) -> Judge {
+    let breaches = breaches.clone();
+    if plan.rivals {
+        return Box::new(|_| {});
+    }
+    Box::new(move |record| {
+        let Some(copied) = record.copied.and_then(|time| time.timestamp_nanos_opt()) else { return };
+        let subject = format!("s.{}", record.sender);
+        let is_copy = |copy: &Stored| copy.time_ns == copied && copy.subject == subject;
+        if !target.with("T", |stream| stream.messages.values().any(is_copy)) {
+            let what =
+                format!("the record of sender {} says that {copied} was copied, which is not there", record.sender);
+            breaches.lock().expect("breaches").push(what);
+        }
+    })
 }

@@ -221,6 +221,18 @@ impl State {
         match words.as_slice() {
             ["STREAM", "INFO", stream] => {
                 let mut info = self.streams.get(*stream).map_or(not_found, Stream::info);
+                if let Some(ingest) =
+                    self.ingest.as_ref().filter(|ingest| ingest.stream == *stream && !ingest.is_mirror)
+                {
+                    info["sources"] = ingest.progress();
+                }
+                if self.nodes > 1 {
+                    let others = (0..self.nodes).filter(|node| *node != self.leader);
+                    let replicas: Vec<Value> = others.map(|node| json!({"name": self.node_name(node)})).collect();
+                    let leader = self.node_name(self.leader);
+                    info["config"]["num_replicas"] = self.nodes.into();
+                    info["cluster"] = json!({"name": "C", "leader": leader, "replicas": replicas});
+                }
                 info["ts"] = rfc3339(self.world.now_ns(self.host)).into();
                 self.answer(reply, &info);
             }
@@ -232,6 +244,10 @@ impl State {
                 let info = made.info();
                 self.streams.entry((*stream).to_owned()).or_insert(made);
                 self.answer(reply, &info);
+            }
+            ["STREAM", "LEADER", "STEPDOWN", _] => {
+                self.move_leader();
+                self.answer(reply, &json!({"success": true}));
             }
             ["STREAM", "MSG", "GET", stream] => {
                 let found = self.streams.get(*stream).and_then(|stream| {

@@ -6,6 +6,7 @@
 
 mod durable;
 mod feed;
+mod feed_plan;
 mod history;
 mod ingest;
 mod jetstream;
@@ -92,6 +93,40 @@ fn feeds_are_exact_whatever_happens() {
     }
     println!("seed {} took {:?} until all was right", slowest.1, slowest.0);
     assert!(failed.is_empty(), "seeds that fail: {failed:?}");
+}
+
+/// Runs these seeds by a plan of a feed; the longest time that one took until all was right.
+fn feeds(seeds: RangeInclusive<u64>, plan: impl Fn(&world::World) -> feed_plan::FeedPlan) -> std::time::Duration {
+    trace();
+    let run = |seed| feed::run_plan(seed, &plan).unwrap_or_else(|error| panic!("{error}"));
+    seeds.map(run).max().unwrap_or_default()
+}
+
+#[test]
+fn a_durable_consumer_is_fed_as_soon_as_the_feed_is_back() {
+    let took = feeds(1..=40, feed_plan::FeedPlan::away);
+    let late = took.saturating_sub(feed_plan::BACK_AFTER);
+    assert!(late < std::time::Duration::from_secs(12), "seed 1 to 40: one was right {late:?} after the feed was back");
+}
+
+#[test]
+fn a_feed_samples_the_same_over_crashes() {
+    feeds(1..=60, feed_plan::FeedPlan::sampled);
+}
+
+#[test]
+fn what_a_target_refuses_is_settled_one_by_one() {
+    feeds(1..=40, feed_plan::FeedPlan::rejects);
+}
+
+#[test]
+fn what_a_broken_connection_took_away_is_not_refused() {
+    feeds(1..=60, feed_plan::FeedPlan::cut);
+}
+
+#[test]
+fn a_new_leader_of_the_target_is_fed_nothing_twice() {
+    feeds(1..=100, feed_plan::FeedPlan::elected);
 }
 
 #[test]

@@ -107,7 +107,11 @@ impl Scene {
         };
         let keys = Keys::new(world.clone(), "positions", witness);
         let leases = Keys::new(world.clone(), "leases", Box::new(|_| {}));
-        let senders = Records::new(world.clone(), history.clone());
+        let judge = {
+            let history = history.clone();
+            Box::new(move |record: &_| history.lock().expect("history").sender(record))
+        };
+        let senders = Records::new(world.clone(), judge);
         let (sink, mut events) = mpsc::unbounded_channel::<(String, Vec<u8>)>();
         let into = history.clone();
         tokio::spawn(async move {

@@ -15,7 +15,10 @@ use stream_replicator::{
 };
 use tokio::time::{Duration, sleep};
 
-use super::{history::History, keys::Handle, run::ID, world::World};
+use super::{keys::Handle, run::ID, world::World};
+
+/// Judges a record in the moment in which it is written.
+pub type Judge = Box<dyn Fn(&SenderRecord) + Send + Sync>;
 
 /// How long a write waits for its answer.
 const TIMEOUT: Duration = Duration::from_secs(5);
@@ -23,7 +26,7 @@ const TIMEOUT: Duration = Duration::from_secs(5);
 /// What is stored of senders, by sender.
 pub struct Records {
     world: World,
-    history: Arc<Mutex<History>>,
+    judge: Judge,
     stored: Mutex<BTreeMap<String, SenderRecord>>,
 }
 
@@ -34,8 +37,8 @@ impl fmt::Debug for Records {
 }
 
 impl Records {
-    pub fn new(world: World, history: Arc<Mutex<History>>) -> Arc<Self> {
-        Arc::new(Self { world, history, stored: Mutex::default() })
+    pub fn new(world: World, judge: Judge) -> Arc<Self> {
+        Arc::new(Self { world, judge, stored: Mutex::default() })
     }
 
     /// What an instance knows that begins to copy: all that is stored now.
@@ -75,7 +78,7 @@ impl SenderWrites for Writes {
                 tracing::debug!(at = ?world.elapsed(), sender, ?record, "written");
                 match record {
                     Some(record) => {
-                        self.records.history.lock().expect("history").sender(record);
+                        (self.records.judge)(record);
                         stored.insert(sender.clone(), record.clone());
                     }
                     None => _ = stored.remove(sender),

@@ -10,7 +10,7 @@ use std::{
 use futures_util::{FutureExt, future::BoxFuture};
 use nats_lane::{
     Connection as Connected, Dial, Error, Lane, ServerRef,
-    leafnode::{Leaf, LeafLogin},
+    leafnode::{Leaf, LeafLogin, LeafServer},
 };
 use serde_json::{Value, json};
 use tokio::{
@@ -55,6 +55,13 @@ pub struct State {
     pub(super) batches: HashMap<String, FastBatch>,
     /// A stream that its own server fills from a feed.
     pub(super) ingest: Option<Ingest>,
+    /// Of how many servers this is the sum, and which of them leads the stream that is filled from a feed.
+    pub(super) nodes: usize,
+    pub(super) leader: usize,
+    /// The one that is down, and until when.
+    node_down: Option<(usize, Instant)>,
+    /// The connection over which a leaf sent something last.
+    fed_over: Option<u64>,
     connections: BTreeMap<u64, Connection>,
     next_connection: u64,
     /// Instances that cannot reach it, and until when.
@@ -71,7 +78,11 @@ pub enum Tamper {
     Twice,
 }
 
+/// All servers are connected.
+struct NoOther;
+
 struct Connection {
+    node: usize,
     subscriptions: Vec<(u64, String)>,
     /// The name of a leafnode, and what it subscribed to.
     leaf: Option<(String, Vec<String>)>,
@@ -120,6 +131,10 @@ impl Server {
             consumers: BTreeMap::new(),
             batches: HashMap::new(),
             ingest: None,
+            nodes: 1,
+            leader: 0,
+            node_down: None,
+            fed_over: None,
             connections: BTreeMap::new(),
             next_connection: 0,
             apart: BTreeMap::new(),
@@ -173,6 +188,39 @@ impl Server {
         let mut state = self.lock();
         state.streams.get_mut(&ingest.stream).expect("a stream").origin = Some(ingest.config());
         state.ingest = Some(ingest);
+    }
+
+    /// From now on it is a cluster of so many servers. They share what they have; their connections are their own.
+    pub fn cluster(&self, nodes: usize) {
+        self.lock().nodes = nodes;
+    }
+
+    /// Another server of the cluster leads the stream that is filled from a feed.
+    pub fn move_leader(&self) {
+        self.lock().move_leader();
+    }
+
+    /// A server of the cluster is down for a while, unless another one is: then the others would have no majority.
+    pub fn node_down(&self, node: usize, time: Duration) {
+        let mut state = self.lock();
+        if state.node_down.is_some_and(|(_, until)| until > Instant::now()) {
+            return;
+        }
+        state.node_down = Some((node, Instant::now() + time));
+        let gone: Vec<u64> =
+            state.connections.iter().filter(|(_, connection)| connection.node == node).map(|(id, _)| *id).collect();
+        gone.iter().for_each(|id| state.cut_one(*id));
+        if state.leader == node {
+            state.move_leader();
+        }
+    }
+
+    /// The leafnode connection breaks over which the stream is filled.
+    pub fn cut_fed(&self) {
+        let mut state = self.lock();
+        if let Some(id) = state.fed_over.take() {
+            state.cut_one(id);
+        }
     }
 
     /// All connections break; what was on its way is lost.
@@ -275,7 +323,7 @@ impl Server {
     /// No more faults; what is dead stays so, and what is on its way takes its time.
     pub fn heal(&self) {
         let mut state = self.lock();
-        (state.frozen, state.leaderless, state.behind) = (None, None, None);
+        (state.frozen, state.leaderless, state.behind, state.node_down) = (None, None, None, None);
         state.tampers.clear();
         state.refusals.clear();
         state.apart.clear();
@@ -285,21 +333,32 @@ impl Server {
         state.streams.values_mut().for_each(|stream| stream.max_messages = None);
     }
 
-    fn connect(self: &Arc<Self>, who: Who) -> Option<DuplexStream> {
+    /// A connection to one of its servers other than these; `None` if that is down, and where there is no other one.
+    fn connect(self: &Arc<Self>, who: Who, others: &[LeafServer]) -> Result<Option<DuplexStream>, NoOther> {
         let mut state = self.lock();
-        if state.down {
-            return None;
-        }
+        let is_other = |node: &usize| !others.iter().any(|other| other.id == state.node_name(*node));
+        let nodes: Vec<usize> = (0..state.nodes).filter(is_other).collect();
+        let is_up = |node: &usize| state.node_down.is_none_or(|(down, until)| down != *node || until <= Instant::now());
+        let up: Vec<usize> = nodes.iter().copied().filter(is_up).collect();
+        let node = match up[..] {
+            _ if nodes.is_empty() => return Err(NoOther),
+            _ if state.down => return Ok(None),
+            [] => return Ok(None),
+            [one] => one,
+            _ => up[self.world.between(1, up.len() as u64) as usize - 1],
+        };
         let (theirs, ours) = duplex(PIPE);
         let (out, sending) = unbounded_channel();
         let cut = CancellationToken::new();
         let latency = self.world.millis(0, if self.world.once_in(3) { 300 } else { 20 });
         let max_payload = state.max_payload;
-        let info = json!({"server_name": self.name, "version": "2.15.1", "max_payload": max_payload, "headers": true});
+        let name = state.node_name(node);
+        let info = json!({"server_name": name, "server_id": name, "version": "2.15.1", "max_payload": max_payload, "headers": true});
         let _ = out.send((Instant::now() + latency, format!("INFO {info}\r\n").into_bytes()));
         state.next_connection += 1;
         let id = state.next_connection;
         let connection = Connection {
+            node,
             subscriptions: Vec::new(),
             leaf: None,
             out,
@@ -326,7 +385,7 @@ impl Server {
             }
             server.lock().connections.remove(&id);
         });
-        Some(theirs)
+        Ok(Some(theirs))
     }
 
     /// Takes commands, each piece after its way through the network.
@@ -425,6 +484,7 @@ impl State {
             };
             if matches!(words[0], "LMSG" | "HMSG") {
                 if self.connections.contains_key(&id) {
+                    self.fed_over = Some(id);
                     self.leaf_sends(words[1], reply, header, payload);
                 }
                 at = body + size + 2;
@@ -463,6 +523,35 @@ impl State {
         let Some(connection) = self.connections.get_mut(&id).filter(|_| login["lang"].is_null()) else { return };
         connection.leaf = Some((login["name"].as_str().expect("a name").to_owned(), Vec::new()));
         self.leaf_connected(id);
+    }
+
+    /// The name of one of its servers.
+    pub(super) fn node_name(&self, node: usize) -> String {
+        let name = if self.host == Host::Source { "source" } else { "target" };
+        if self.nodes == 1 { name.to_owned() } else { format!("{name}-{node}") }
+    }
+
+    pub(super) fn node_of(&self, id: u64) -> usize {
+        self.connections.get(&id).map_or(0, |connection| connection.node)
+    }
+
+    fn cut_one(&mut self, id: u64) {
+        if let Some(connection) = self.connections.remove(&id) {
+            connection.cut.cancel();
+        }
+    }
+
+    /// Another server leads the stream that is filled from a feed, after an election.
+    pub(super) fn move_leader(&mut self) {
+        let down = self.node_down.filter(|(_, until)| *until > Instant::now()).map(|(node, _)| node);
+        let others: Vec<usize> = (0..self.nodes).filter(|node| *node != self.leader && Some(*node) != down).collect();
+        if others.is_empty() {
+            return;
+        }
+        self.leader = others[self.world.between(1, others.len() as u64) as usize - 1];
+        let elected = Instant::now() + self.world.millis(0, 500);
+        self.leaderless = Some(elected);
+        self.leads_anew(elected, elected + self.world.millis(0, 600));
     }
 
     pub(super) fn leafs(&self) -> impl Iterator<Item = (u64, &str)> {
@@ -568,8 +657,12 @@ pub struct Network {
 }
 
 impl Network {
-    /// A pipe to a server.
-    async fn reach<'a>(&self, place: &'a ServerRef) -> Result<(&'a Connected, &'a str, Meter), Error> {
+    /// A pipe to a server other than these; `None` where there is no other one.
+    async fn reach<'a>(
+        &self,
+        place: &'a ServerRef,
+        others: &[LeafServer],
+    ) -> Result<Option<(&'a Connected, &'a str, Meter)>, Error> {
         let ServerRef::Known(connection) = place else { panic!("the simulation has no contexts") };
         let endpoint = &connection.endpoint;
         let host = endpoint.hosts[0].host.as_str();
@@ -580,15 +673,25 @@ impl Network {
             sleep(limit).await;
             return Err(Error::retry(format!("`{host}`: no answer within {limit:?}")));
         }
-        let pipe = server.connect(self.who).ok_or_else(|| Error::retry(format!("`{host}`: connection refused")))?;
-        Ok((connection, host, Meter { pipe, hands: (host == "target").then(|| self.hands.clone()) }))
+        let Ok(pipe) = server.connect(self.who, others) else { return Ok(None) };
+        let pipe = pipe.ok_or_else(|| Error::retry(format!("`{host}`: connection refused")))?;
+        Ok(Some((connection, host, Meter { pipe, hands: (host == "target").then(|| self.hands.clone()) })))
+    }
+
+    async fn leaf(&self, place: &ServerRef, login: &LeafLogin, others: &[LeafServer]) -> Result<Option<Leaf>, Error> {
+        let Some((connection, host, pipe)) = self.reach(place, others).await? else { return Ok(None) };
+        let limit = connection.endpoint.connect_timeout;
+        tokio::time::timeout(limit, Leaf::greet(Box::new(pipe), host, connection, login))
+            .await
+            .map_err(|_| Error::retry(format!("`{host}`: no answer within {limit:?}")))?
+            .map(Some)
     }
 }
 
 impl Dial for Network {
     fn dial<'a>(&'a self, place: &'a ServerRef, name: &'a str) -> BoxFuture<'a, Result<Lane, Error>> {
         async move {
-            let (connection, host, pipe) = self.reach(place).await?;
+            let (connection, host, pipe) = self.reach(place, &[]).await?.expect("a server");
             let limit = connection.endpoint.connect_timeout;
             tokio::time::timeout(limit, Lane::greet(Box::new(pipe), host, connection, name))
                 .await
@@ -598,13 +701,15 @@ impl Dial for Network {
     }
 
     fn dial_leaf<'a>(&'a self, place: &'a ServerRef, login: &'a LeafLogin) -> BoxFuture<'a, Result<Leaf, Error>> {
-        async move {
-            let (connection, host, pipe) = self.reach(place).await?;
-            let limit = connection.endpoint.connect_timeout;
-            tokio::time::timeout(limit, Leaf::greet(Box::new(pipe), host, connection, login))
-                .await
-                .map_err(|_| Error::retry(format!("`{host}`: no answer within {limit:?}")))?
-        }
-        .boxed()
+        async move { Ok(self.leaf(place, login, &[]).await?.expect("a server")) }.boxed()
+    }
+
+    fn dial_other_leaf<'a>(
+        &'a self,
+        place: &'a ServerRef,
+        login: &'a LeafLogin,
+        connected: &'a [LeafServer],
+    ) -> BoxFuture<'a, Result<Option<Leaf>, Error>> {
+        self.leaf(place, login, connected).boxed()
     }
 }

@@ -226,6 +226,10 @@ impl Stream {
             "created": self.created,
             "state": {"messages": self.messages.len(), "first_seq": self.first, "last_seq": self.last},
         });
+        // Of others, a copy has to meet the bound by itself.
+        if let Some(max) = self.config.max_size.filter(|_| self.origin.is_some()) {
+            info["config"]["max_msg_size"] = max.into();
+        }
         for (field, value) in self.origin.iter().filter_map(Value::as_object).flatten() {
             info["config"][field] = value.clone();
         }

@@ -121,6 +121,10 @@ impl Refusals {
 
     /// Takes a request into account; the message that is refused, if it is one too many.
     fn counts(&mut self, start: u64) -> Option<(FirstGiven, u32)> {
+        // It asks for what comes later than a message that was omitted: then it has stored something since.
+        if self.omitted.last_key_value().is_some_and(|(omitted, _)| start > omitted + 1) {
+            self.is_row = false;
+        }
         let delivered = std::mem::take(&mut self.delivered);
         let first = self.first.as_ref().map(|first| first.message).filter(|_| delivered);
         if first.is_none() || start != self.start || first != self.suspect {
