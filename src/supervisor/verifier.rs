@@ -333,6 +333,8 @@ async fn job(context: &Context, mark: &VerifyMark, epoch: u64) -> Result<VerifyJ
         generation: record.generation,
         settled,
         is_shared,
+        // What the copy will find at its next message is found here first.
+        admits_others: is_shared || replication.target_mode == Sharing::Auto,
         from: *from,
         to: *to,
         sample,

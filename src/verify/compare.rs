@@ -237,7 +237,7 @@ impl<'a> StreamComparison<'a> {
                     cursor.beyond = if copy.seq > piece.to { cursor.beyond + 1 } else { 0 };
                     self.merge.copy_read(copy);
                 }
-                None => self.merge.foreign(delivery.stream_seq, self.job.is_shared, message.subject),
+                None => self.merge.foreign(delivery.stream_seq, self.job.admits_others, message.subject),
             }
             target.take();
             cursor.read = Some(target.taken());
