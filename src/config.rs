@@ -59,4 +59,4 @@ pub use secrets::{
 pub use stream_patterns::{StreamPatterns, member_document, member_id};
 pub use tls::TlsDocument;
 pub use transform::{Transform, TransformDocument, Wrong as WrongTransform};
-pub use verification::{SamplePart, VerifySchedule};
+pub use verification::{SamplePart, VerifyEffort, VerifyRange, VerifySchedule};

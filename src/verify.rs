@@ -57,8 +57,10 @@ pub struct VerifyJob {
     pub generation: u64,
     /// Source sequence up to which everything was settled.
     pub settled: u64,
-    /// Others write to the target, too.
+    /// Others write to the target, too, as far as it is known.
     pub is_shared: bool,
+    /// Others may write to the target: a message of theirs is no finding.
+    pub admits_others: bool,
     /// First source sequence to compare; `None` for the first one there is.
     pub from: Option<u64>,
     /// Last source sequence to compare; `None` for all that are settled.

@@ -127,8 +127,11 @@ impl Output {
         !self.json && io::stderr().is_terminal() && env::var_os("TERM").is_some_and(|term| term != "dumb")
     }
 
-    /// Draws that line; an empty one removes it. It is cut where the terminal ends.
+    /// Draws that line where it can be drawn; an empty one removes it. It is cut where the terminal ends.
     pub(super) fn progress(&self, line: &str) {
+        if !self.shows_progress() {
+            return;
+        }
         let width = rustix::termios::tcgetwinsize(io::stderr()).map_or(0, |size| usize::from(size.ws_col));
         let line: String = clean(line).chars().take(if width > 1 { width - 1 } else { usize::MAX }).collect();
         let mut stderr = io::stderr();

@@ -141,7 +141,25 @@ fn place(row: &ReportStream) -> String {
     match (&row.cluster, &row.domain) {
         (Some(cluster), Some(domain)) => format!("{cluster} ({domain})"),
         (Some(cluster), None) => cluster.clone(),
-        (None, _) => row.url.clone(),
+        (None, _) => address(row),
+    }
+}
+
+/// The servers of a stream, and its domain, or else its API prefix, where that is another one than that of the servers: the domains of
+/// leafnodes are reached by one address.
+fn address(row: &ReportStream) -> String {
+    match &row.api_prefix {
+        Some(prefix) => format!("{} ({})", row.url, row.domain.as_ref().unwrap_or(prefix)),
+        None => row.url.clone(),
+    }
+}
+
+/// Where a replication reads.
+fn origin(row: &ReportReplication, streams: &[ReportStream]) -> String {
+    let source = streams.iter().find(|stream| row.source.as_ref() == Some(&stream.node));
+    match source.filter(|source| row.from.as_ref() == Some(&source.url)) {
+        Some(source) => address(source),
+        None => row.from.clone().unwrap_or_default(),
     }
 }
 
@@ -161,7 +179,7 @@ fn replications(report: &StreamReport) -> Table {
         let cells = vec![
             row.stream.clone(),
             replication_kind(row.kind).to_owned(),
-            row.from.clone().unwrap_or_default(),
+            origin(row, &report.streams),
             row.source_stream.clone(),
             known(row.active.map(seconds)),
             known(row.lag.map(count)),
@@ -197,6 +215,29 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn domains_behind_one_address_are_known_apart() {
+        let row = |fields: &[(&str, &str)]| -> ReportStream {
+            let mut row = json!({"node": "1", "stream": "S", "url": "nats://a"});
+            fields.iter().for_each(|(name, value)| row[*name] = (*value).into());
+            serde_json::from_value(row).unwrap()
+        };
+        let seen = [("api_prefix", "$JS.hub.API"), ("domain", "hub"), ("cluster", "C")];
+        for (fields, expect, at) in [
+            (&seen[..], "nats://a (hub)", "C (hub)"),
+            (&seen[..1], "nats://a ($JS.hub.API)", "nats://a ($JS.hub.API)"),
+            (&seen[1..], "nats://a", "C (hub)"),
+            (&[], "nats://a", "nats://a"),
+        ] {
+            let replication =
+                json!({"stream": "T", "kind": "copy", "source_stream": "S", "from": "nats://a", "source": "1"});
+            let replication: ReportReplication = serde_json::from_value(replication).unwrap();
+            let stream = row(fields);
+            assert_eq!((place(&stream).as_str(), origin(&replication, &[stream]).as_str()), (at, expect));
+            assert_eq!(origin(&replication, &[]), "nats://a");
+        }
+    }
 
     #[test]
     fn a_stream_of_two_pages_is_one_row() {

@@ -14,6 +14,7 @@ use super::{
     reply::Reply,
 };
 use crate::{
+    config::{VerifyEffort, VerifyRange},
     control::api::{Changed, NamedRequest, VerifyRequest, VerifyShown, VerifyStarted},
     status::{DifferenceKind, DifferenceSummary, Verification, VerificationState},
 };
@@ -97,11 +98,8 @@ pub(super) async fn run(args: &Args, out: &mut Output) -> Result<CommandVerdict,
     }
     let request = VerifyRequest {
         replication: args.id.clone(),
-        from: args.from,
-        to: args.to,
-        sample: args.sample.clone(),
-        rate: args.rate,
-        repair: args.repair,
+        range: VerifyRange { from: args.from, to: args.to, repair: args.repair },
+        effort: VerifyEffort { sample: args.sample.clone(), rate: args.rate },
     };
     let reply: Reply<VerifyStarted> = client.change("verify", &request).await?;
     let VerifyStarted { replication, job, .. } = &reply.value;

@@ -1374,7 +1374,10 @@ mod tests {
             advisory: Some(AdvisoryDocument { subject: "x".into(), reliable: Some(true) }),
             on_reject: Some("dead_letter".into()),
             dead_letter: Some(DeadLetterDocument { subject: "x".into() }),
-            verify: Some(VerifyDocument { every: "1h".into(), sample: some(), rate: Some(1) }),
+            verify: Some(VerifyDocument {
+                every: "1h".into(),
+                effort: crate::config::VerifyEffort { sample: some(), rate: Some(1) },
+            }),
             target_mode: Some("shared".into()),
             on_source_loss: Some("hold".into()),
             target_update: Some(true),

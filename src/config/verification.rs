@@ -2,12 +2,40 @@
 
 use std::{fmt, time::Duration};
 
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
 /// Parts of a whole that are counted.
 const MILLION: u64 = 1_000_000;
 
 /// A part of all messages, in millionths: more than none, at most all.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SamplePart(u32);
+
+/// How much of both streams a comparison reads, and how fast, as it is written: in a document, a request and a mark.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VerifyEffort {
+    /// Part of the messages to compare, such as `1%`; all by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sample: Option<String>,
+    /// Messages of the source that are read in a second, at most.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate: Option<u64>,
+}
+
+/// Which messages are compared by request, and what follows; as it is written, in a request and a mark.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct VerifyRange {
+    /// First source sequence to compare; the first one of the source by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub from: Option<u64>,
+    /// Last source sequence to compare; all that are settled by default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub to: Option<u64>,
+    /// Copy what is missing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub repair: bool,
+}
 
 /// When a replication compares both streams by itself.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

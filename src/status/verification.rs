@@ -199,7 +199,7 @@ pub enum ExpectedCause {
     Rejected,
     /// The description of an object whose chunks are not all at the target.
     Incomplete,
-    /// Another writer stored it in a target that is shared.
+    /// Another writer stored it in a target that others may write to.
     OtherWriter,
     /// An earlier repair stored it at the end of the target.
     Repaired,
@@ -218,7 +218,7 @@ impl ExpectedCause {
             Self::OutOfScope => "no longer in scope",
             Self::Rejected => "refused by the target, or dead letters",
             Self::Incomplete => "objects that are incomplete",
-            Self::OtherWriter => "of other writers, the target is shared",
+            Self::OtherWriter => "of other writers",
             Self::Repaired => "repaired earlier, at the end of the target",
         }
     }

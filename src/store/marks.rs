@@ -7,6 +7,8 @@ use bytes::Bytes;
 use chrono::{DateTime, SubsecRound, Utc};
 use serde::{Deserialize, Serialize};
 
+use crate::config::{VerifyEffort, VerifyRange};
+
 /// The purpose of a mark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MarkKind {
@@ -138,21 +140,12 @@ pub struct VerifyMark {
     /// The document asks for it.
     #[serde(default)]
     pub scheduled: bool,
-    /// First source sequence to compare.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub from: Option<u64>,
-    /// Last source sequence to compare.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub to: Option<u64>,
-    /// Part of the messages to compare, such as `1%`.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sample: Option<String>,
-    /// Messages of the source that are read in a second, at most.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rate: Option<u64>,
-    /// Whether to copy what is missing.
-    #[serde(default)]
-    pub repair: bool,
+    /// Which messages to compare, and whether to repair.
+    #[serde(flatten)]
+    pub range: VerifyRange,
+    /// How much of them to compare, and how fast.
+    #[serde(flatten)]
+    pub effort: VerifyEffort,
 }
 
 impl VerifyMark {
@@ -163,11 +156,8 @@ impl VerifyMark {
             job: job.to_owned(),
             at: Utc::now().trunc_subsecs(3),
             scheduled: false,
-            from: None,
-            to: None,
-            sample: None,
-            rate: None,
-            repair: false,
+            range: VerifyRange::default(),
+            effort: VerifyEffort::default(),
         }
     }
 

@@ -15,7 +15,7 @@ use tracing::{debug, info, warn};
 
 use super::{context::Context, requests::Requests};
 use crate::{
-    config::{NativeKind, Replication, SamplePart, Sharing},
+    config::{NativeKind, Replication, SamplePart, Sharing, VerifyEffort, VerifyRange},
     copy::source::consumers::ConsumerLabels,
     events::Event,
     status::{State, TargetMode, Verification, VerificationState},
@@ -116,7 +116,8 @@ impl Verifier {
             return;
         }
         let sample = schedule.sample.map(|sample| sample.to_string());
-        let mark = VerifyMark { scheduled: true, sample, rate: schedule.rate, ..VerifyMark::now(&entropy::name()) };
+        let effort = VerifyEffort { sample, rate: schedule.rate };
+        let mark = VerifyMark { scheduled: true, effort, ..VerifyMark::now(&entropy::name()) };
         let Ok(value) = serde_json::to_vec(&mark) else { return };
         if let Err(error) = deps.config.mark(id, MarkKind::Verify, value.into()).await {
             debug!(replication = id, "the verification was not requested: {error}");
@@ -174,8 +175,9 @@ impl Verifier {
         begun.started_at = Some(Utc::now().trunc_subsecs(3));
         begun.instance = Some(self.context.deps.instance.clone());
         begun.starts = starts + 1;
-        (begun.from, begun.to) = (mark.from.unwrap_or_default(), mark.to.unwrap_or_default());
-        (begun.sample, begun.rate, begun.repair) = (mark.sample.clone(), mark.rate, mark.repair);
+        let VerifyMark { range: VerifyRange { from, to, repair }, effort, .. } = mark;
+        (begun.from, begun.to) = (from.unwrap_or_default(), to.unwrap_or_default());
+        (begun.sample, begun.rate, begun.repair) = (effort.sample.clone(), effort.rate, *repair);
         begun
     }
 
@@ -288,12 +290,13 @@ async fn job(context: &Context, mark: &VerifyMark, epoch: u64) -> Result<VerifyJ
     let Ok(found) = known.wait_for(Option::is_some).await.map(|known| known.clone()) else { return pending().await };
     let replication: Arc<Replication> = found.ok_or("there is no document that can run")?;
     known_streams.loaded().await;
-    let sample = mark
+    let VerifyMark { range: VerifyRange { from, to, repair }, effort, .. } = mark;
+    let sample = effort
         .sample
         .as_deref()
         .map(|text| SamplePart::parse(text).map_err(|wrong| format!("`sample` `{text}` {wrong}")));
     let sample = sample.transpose()?;
-    if let Some(why) = verify::cannot_repair(&replication).filter(|_| mark.repair) {
+    if let Some(why) = verify::cannot_repair(&replication).filter(|_| *repair) {
         return Err(format!("it cannot be repaired: {why}"));
     }
     let record = loop {
@@ -330,11 +333,13 @@ async fn job(context: &Context, mark: &VerifyMark, epoch: u64) -> Result<VerifyJ
         generation: record.generation,
         settled,
         is_shared,
-        from: mark.from,
-        to: mark.to,
+        // What the copy will find at its next message is found here first.
+        admits_others: is_shared || replication.target_mode == Sharing::Auto,
+        from: *from,
+        to: *to,
         sample,
-        rate: mark.rate.filter(|rate| *rate > 0),
-        repair: mark.repair,
+        rate: effort.rate.filter(|rate| *rate > 0),
+        repair: *repair,
         replication: Arc::unwrap_or_clone(replication),
     })
 }

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use nats_lane::{
     Error, ErrorKind,
-    jetstream::{Api, Delivery, StreamInfo},
+    jetstream::{Api, Delivery},
 };
 use tokio::time::{Instant, sleep};
 use tracing::debug;
@@ -130,7 +130,7 @@ impl<'a> StreamComparison<'a> {
                 tokio::try_join!(async { open(source).await.map_err(|error| error.context("source")) }, async {
                     open(target).await.map_err(|error| error.context("target"))
                 },)?;
-            one_source_of_the_name(job, &target.info)?;
+            self.prints.check_target(&target.info)?;
             self.returned = ReturnedMessages::new(
                 job.replication.loop_protection.as_ref(),
                 &job.ways_back,
@@ -237,7 +237,7 @@ impl<'a> StreamComparison<'a> {
                     cursor.beyond = if copy.seq > piece.to { cursor.beyond + 1 } else { 0 };
                     self.merge.copy_read(copy);
                 }
-                None => self.merge.foreign(delivery.stream_seq, self.job.is_shared, message.subject),
+                None => self.merge.foreign(delivery.stream_seq, self.job.admits_others, message.subject),
             }
             target.take();
             cursor.read = Some(target.taken());
@@ -387,20 +387,6 @@ impl<'a> StreamComparison<'a> {
             record.differences = differences;
         });
     }
-}
-
-/// A native source says of each message which stream it came from, and a stream of the same name elsewhere looks the same.
-fn one_source_of_the_name(job: &VerifyJob, target: &StreamInfo) -> Result<(), Error> {
-    let name = &job.replication.source.stream;
-    let sources = target.config["sources"].as_array().map_or(&[][..], Vec::as_slice);
-    let same = sources.iter().filter(|source| source["name"] == name.as_str()).count();
-    if job.replication.native.as_ref().is_some_and(|native| native.kind == NativeKind::Source) && same > 1 {
-        return Err(Error::hold(format!(
-            "target stream `{}` has {same} sources named `{name}`: its messages do not show from which of them they are",
-            stream_name(target)
-        )));
-    }
-    Ok(())
 }
 
 /// The time of the source server now, nanoseconds since the Unix epoch.

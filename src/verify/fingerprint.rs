@@ -8,9 +8,8 @@
 //! | `mirror` | `Nats-Expected-*`, `Nats-Batch-*`, which servers remove |
 
 use nats_lane::{
-    Message, headers,
-    jetstream::{Delivery, StoredMessage},
-    parser::number,
+    Error, Message, headers,
+    jetstream::{Delivery, StoredMessage, StreamInfo},
 };
 use xxhash_rust::xxh3::xxh3_64;
 
@@ -18,13 +17,10 @@ use crate::{
     config::{NativeKind, Replication},
     copy::target::{
         headers::{Allowed, Passage, Stamp, header_block},
-        provenance::{MessageOrigin, Tag},
+        provenance::{FeedTag, MessageOrigin, Tag},
     },
     names,
 };
-
-/// What names the origin of a message that a native source stored.
-const STREAM_SOURCE: &[u8] = b"Nats-Stream-Source";
 
 /// Contents of a message.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -77,6 +73,8 @@ impl CopyTime {
 pub(super) struct Fingerprints {
     replication: Replication,
     tag: Tag,
+    /// What a native source took over the feed of this replication.
+    feed: FeedTag,
     block: Vec<u8>,
     room: Vec<u8>,
 }
@@ -86,7 +84,13 @@ impl Fingerprints {
         let tag = Tag::new(&replication.source.stream, site, &replication.name)
             .with_former(&replication.former)
             .leading(replication.provenance_first);
-        Self { replication: replication.clone(), tag, block: Vec::new(), room: Vec::new() }
+        let feed = FeedTag::of(replication, site);
+        Self { replication: replication.clone(), tag, feed, block: Vec::new(), room: Vec::new() }
+    }
+
+    /// An error where the messages of the target do not show from which source they are.
+    pub fn check_target(&self, target: &StreamInfo) -> Result<(), Error> {
+        if self.kind() == Some(NativeKind::Source) { self.feed.check(target) } else { Ok(()) }
     }
 
     /// A message of the source.
@@ -125,14 +129,7 @@ impl Fingerprints {
     pub fn origin(&self, delivery: &Delivery, header: &[u8]) -> Option<(u64, Option<CopyTime>, bool)> {
         match self.kind() {
             Some(NativeKind::Mirror) => Some((delivery.stream_seq, Some(CopyTime::Ns(delivery.time_ns)), false)),
-            Some(NativeKind::Source) => {
-                let mut words = headers::last(header, STREAM_SOURCE)?.split(|byte| *byte == b' ');
-                let stream = words.next()?;
-                // With an API prefix, its hash follows the name.
-                let name = stream.split(|byte| *byte == b':').next()?;
-                let seq = number(words.next()?)?;
-                (name == self.replication.source.stream.as_bytes()).then_some((seq, None, false))
-            }
+            Some(NativeKind::Source) => self.feed.origin(header).map(|seq| (seq, None, false)),
             None => {
                 let ours = |origin: MessageOrigin| (origin.seq, Some(CopyTime::Ms(origin.time_ms)));
                 if let Some((seq, time)) = self.tag.origin(header).map(ours) {

@@ -148,9 +148,9 @@ impl Merge {
     }
 
     /// Takes a message of another writer.
-    pub fn foreign(&mut self, target_seq: u64, is_shared: bool, subject: &[u8]) {
+    pub fn foreign(&mut self, target_seq: u64, is_admitted: bool, subject: &[u8]) {
         self.target_messages += 1;
-        if is_shared {
+        if is_admitted {
             self.expect(ExpectedCause::OtherWriter, 1);
             return;
         }

@@ -13,8 +13,8 @@ use super::{
 use crate::{
     config::{Replication, Sharing},
     copy::target::{
-        repair::{RepairTarget, repaired},
-        replay::{REPLACES_NEWER, keeps_last},
+        repair::repaired,
+        replay::{LaterTarget, REPLACES_NEWER, keeps_last},
     },
     status::RepairResult,
 };
@@ -130,7 +130,7 @@ impl StreamComparison<'_> {
         let stream = stream_name(&source.info).to_owned();
         let found = Api::new(&mut source.lane).whole_message(&stream, seq).await?;
         let Some((original, payload)) = found else { return Ok(Repaired::Gone) };
-        let to = RepairTarget {
+        let to = LaterTarget {
             replication: &self.job.replication,
             site: &self.job.site,
             target: &target.info,
@@ -138,9 +138,8 @@ impl StreamComparison<'_> {
             max_payload: target.lane.info().max_payload,
             ttl: source.info.flag("allow_msg_ttl") && target.info.flag("allow_msg_ttl"),
             now_ns: source_time_ns(source),
-            generation: self.job.generation,
         };
-        let mut message = match repaired(&original, &to) {
+        let mut message = match repaired(&original, self.job.generation, &to) {
             Ok(message) => message,
             Err(error) => return Ok(Repaired::Left(error.message)),
         };
@@ -162,7 +161,7 @@ impl StreamComparison<'_> {
             Some(kept) if kept.0 == seq => kept,
             _ => *condition.insert((seq, last.map_or(0, |last| last.sequence))),
         };
-        message.follow(last);
+        message.expect_last(last);
         let request = target.lane.send_request_with(&message.subject, &message.header, &payload);
         let answer = loop {
             let answers = target.lane.answers().await?;

@@ -377,7 +377,8 @@ impl StreamComparison<'_> {
             return Ok(false);
         }
         // Where both keep the same number, the source would have removed it, too; unless others write to the target.
-        if by_subject(sides).1 || self.job.is_shared || !self.job.replication.mapping.is_identity() {
+        let is_shared = self.job.is_shared || self.merge.expected.contains_key(&ExpectedCause::OtherWriter);
+        if by_subject(sides).1 || is_shared || !self.job.replication.mapping.is_identity() {
             return Ok(true);
         }
         let source = stream_name(&sides.source.info).to_owned();

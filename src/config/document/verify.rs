@@ -5,7 +5,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 use super::{Checker, Document, shorten, text};
-use crate::config::{Problem, SamplePart, VerifySchedule};
+use crate::config::{Problem, SamplePart, VerifyEffort, VerifySchedule};
 
 /// Comparing takes time, and each comparison is kept.
 const LEAST: Duration = Duration::from_secs(60);
@@ -16,18 +16,15 @@ const LEAST: Duration = Duration::from_secs(60);
 pub struct VerifyDocument {
     /// From the end of one comparison to the next.
     pub every: String,
-    /// Part of the messages that is compared.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub sample: Option<String>,
-    /// Messages of the source that are read in a second.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub rate: Option<u64>,
+    /// How much is compared, and how fast.
+    #[serde(flatten)]
+    pub effort: VerifyEffort,
 }
 
 impl Checker {
     /// When both streams are compared by itself.
     pub(super) fn verify(&mut self, document: &Document) -> Option<VerifySchedule> {
-        let VerifyDocument { every, sample, rate } = document.verify.as_ref()?;
+        let VerifyDocument { every, effort: VerifyEffort { sample, rate } } = document.verify.as_ref()?;
         let every = match nats_lane::parse_duration(every) {
             _ if every.is_empty() => None,
             Ok(every) if every >= LEAST => Some(every),

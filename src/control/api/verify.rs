@@ -3,7 +3,10 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::status::Verification;
+use crate::{
+    config::{VerifyEffort, VerifyRange},
+    status::Verification,
+};
 
 /// What to compare. The plain id, without JSON, means `{"replication": id}`: everything.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
@@ -11,21 +14,12 @@ use crate::status::Verification;
 pub struct VerifyRequest {
     /// Replication id: `STREAM`, or `STREAM.NAME` if the document has a name that is not the site's.
     pub replication: String,
-    /// First source sequence to compare; the first one of the source by default.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub from: Option<u64>,
-    /// Last source sequence to compare; all that are settled by default.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub to: Option<u64>,
-    /// Part of the messages to compare, such as `1%`; all by default.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub sample: Option<String>,
-    /// Messages of the source that are read in a second, at most.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rate: Option<u64>,
-    /// Copy what is missing.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub repair: bool,
+    /// Which messages to compare, and whether to repair.
+    #[serde(flatten)]
+    pub range: VerifyRange,
+    /// How much of them to compare, and how fast.
+    #[serde(flatten)]
+    pub effort: VerifyEffort,
 }
 
 /// Reply of `verify`.

@@ -21,7 +21,7 @@ use crate::{
     },
     copy::target::{
         provenance::Tag,
-        replay::{REPLACES_NEWER, ReplayTarget, ReplayedMessage, StoredLetter, keeps_last, letter_tag},
+        replay::{LaterTarget, REPLACES_NEWER, ReplayedMessage, StoredLetter, keeps_last, letter_tag},
     },
     names,
 };
@@ -331,10 +331,9 @@ async fn replay_one(
 ) -> Result<Replayed, Failure> {
     let (letter, payload) = letters.letter(seq).await?;
     let api_prefix = lane.api_prefix().to_owned();
-    let to = ReplayTarget {
+    let to = LaterTarget {
         replication: &letters.replication,
         site: &context.site,
-        letters: &letters.stream,
         target: &streams.target,
         api_prefix: &api_prefix,
         max_payload: lane.info().max_payload,
@@ -342,7 +341,7 @@ async fn replay_one(
         now_ns: Utc::now().timestamp_nanos_opt().unwrap_or_default(),
     };
     let refused = |error: nats_lane::Error| Failure::new(409, format!("dead letter {seq}: {error}"));
-    let message = letter.replay(&to).map_err(refused)?;
+    let message = letter.replay(&letters.stream, &to).map_err(refused)?;
     let stored = match store(lane, streams, &letter, &letters.tag, message, &payload).await {
         Ok(Ok(stored)) => stored,
         Ok(Err(reason)) => return Ok(Replayed::Refused(reason)),

@@ -6,7 +6,7 @@ use tracing::{debug, info};
 
 use super::{RequestContext, check_id, in_time, named, position::runnable, reply, written};
 use crate::{
-    config::SamplePart,
+    config::{SamplePart, VerifyEffort, VerifyRange},
     control::{
         api::{Changed, Failure, NamedRequest, VerifyRequest, VerifyShown, VerifyStarted},
         service::Request,
@@ -23,14 +23,15 @@ pub(super) async fn verify(context: &RequestContext, request: Request) -> Result
     in_time(&request)?;
     let asked = named(&request.body, |replication| VerifyRequest { replication, ..VerifyRequest::default() })?;
     let sample = wanted(&asked)?;
-    let VerifyRequest { replication: id, from, to, rate, repair, .. } = asked;
+    let VerifyRequest { replication: id, range, mut effort } = asked;
+    effort.sample = sample.map(|sample| sample.to_string());
     let entry = context.existing(&id).await?;
     let replication = runnable(context, entry).await?;
     let refused = |why: &str| Failure::new(409, format!("replication `{id}` {why}"));
     if replication.patterns.is_some() {
         return Err(refused("finds streams and copies none itself: verify the replications of its streams"));
     }
-    if let Some(why) = cannot_repair(&replication).filter(|_| repair) {
+    if let Some(why) = cannot_repair(&replication).filter(|_| range.repair) {
         return Err(refused(&format!("cannot be repaired: {why}")));
     }
     let unavailable = |error: crate::store::Error| Failure::new(503, error.to_string());
@@ -43,13 +44,12 @@ pub(super) async fn verify(context: &RequestContext, request: Request) -> Result
             return Err(refused(&format!("is being verified by job `{running}`: wait for its end, or cancel it")));
         }
     }
-    let sample = sample.map(|sample| sample.to_string());
-    let mark = VerifyMark { from, to, sample, rate, repair, ..VerifyMark::now(&entropy::name()) };
+    let mark = VerifyMark { range, effort, ..VerifyMark::now(&entropy::name()) };
     let value = Bytes::from(reply(&mark)?);
     let marked = written(&id, context.config.mark(&id, MarkKind::Verify, value).await)?;
     // The leader may have begun meanwhile, and then it has written more than this.
     let mut waiting = Verification::requested(&mark.job, mark.at, before.as_ref());
-    (waiting.sample, waiting.rate, waiting.repair) = (mark.sample, mark.rate, mark.repair);
+    (waiting.sample, waiting.rate, waiting.repair) = (mark.effort.sample, mark.effort.rate, mark.range.repair);
     if let Err(error) = context.positions.save_verification(&id, &waiting, revision).await {
         debug!(replication = id, "the request to verify is not shown yet: {error}");
     }
@@ -60,18 +60,19 @@ pub(super) async fn verify(context: &RequestContext, request: Request) -> Result
 /// Checks the values of a request.
 fn wanted(asked: &VerifyRequest) -> Result<Option<SamplePart>, Failure> {
     let wrong = |message: String| Failure::new(400, message);
-    if let Some(from) = asked.from.filter(|from| *from == 0) {
+    let VerifyRequest { range: VerifyRange { from, to, .. }, effort: VerifyEffort { sample, rate }, .. } = asked;
+    if let Some(from) = from.filter(|from| *from == 0) {
         return Err(wrong(format!("`from` is {from}: sequences begin with 1")));
     }
-    if let (from, Some(to)) = (asked.from.unwrap_or(1), asked.to)
+    if let (from, Some(to)) = (from.unwrap_or(1), *to)
         && to < from
     {
         return Err(wrong(format!("`to` is {to}, before `from`, which is {from}")));
     }
-    if let Some(rate) = asked.rate.filter(|rate| !(1..=FASTEST).contains(rate)) {
+    if let Some(rate) = rate.filter(|rate| !(1..=FASTEST).contains(rate)) {
         return Err(wrong(format!("`rate` is {rate}: it is 1 to {FASTEST} messages in a second")));
     }
-    let sample = asked.sample.as_deref().filter(|text| !text.is_empty());
+    let sample = sample.as_deref().filter(|text| !text.is_empty());
     let sample = sample.map(|text| SamplePart::parse(text).map_err(|why| wrong(format!("`sample` `{text}` {why}"))));
     sample.transpose()
 }

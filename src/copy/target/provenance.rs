@@ -2,10 +2,14 @@
 //! (Choria's header). Every hop adds one value; the last one is the newest.
 
 use memchr::memmem;
-use nats_lane::{Error, Lane, headers, jetstream::Api, parser::number};
+use nats_lane::{
+    Error, Lane, headers,
+    jetstream::{Api, StreamInfo},
+    parser::number,
+};
 
 use crate::{
-    config::{Former, OriginTag},
+    config::{FeedSubjects, Former, OriginTag, Replication},
     names,
 };
 
@@ -152,6 +156,53 @@ impl Tag {
     }
 }
 
+/// Recognizes what a target of kind `source` took over the feed of one replication. The header of its server names the stream and
+/// the API prefix of the feed, so a stream of the same name that another feed, or another server, gives it is known as another one.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct FeedTag {
+    api: String,
+    /// What the header begins with, also under former names of the site.
+    indexes: Vec<String>,
+}
+
+impl FeedTag {
+    /// That of a replication of a site.
+    pub(crate) fn of(replication: &Replication, site: &str) -> Self {
+        let Replication { id, former, source, .. } = replication;
+        let sites = std::iter::once(site).chain(former.iter().map(|former| former.site.as_str()));
+        let mut indexes: Vec<_> = sites.map(|site| FeedSubjects::of(site, id).source_index(&source.stream)).collect();
+        indexes.sort();
+        indexes.dedup();
+        Self { api: FeedSubjects::of(site, id).api(), indexes }
+    }
+
+    /// An error where the target has several sources of this feed, which differ in their filters alone.
+    pub(crate) fn check(&self, target: &StreamInfo) -> Result<(), Error> {
+        let sources = target.config["sources"].as_array().into_iter().flatten();
+        let same = sources.filter(|source| source["external"]["api"] == self.api.as_str()).count();
+        if same > 1 {
+            let (stream, api) = (target.text("name"), &self.api);
+            return Err(Error::hold(format!(
+                "target stream `{stream}` has {same} sources with the API prefix `{api}`: its messages do not show from which of \
+                 them they are"
+            )));
+        }
+        Ok(())
+    }
+
+    /// The source sequence of a message of the target; `None` if it came another way.
+    pub(crate) fn origin(&self, header: &[u8]) -> Option<u64> {
+        let mut words = headers::last(header, names::STREAM_SOURCE_HEADER.as_bytes())?.split(|byte| *byte == b' ');
+        let index = words.next()?;
+        self.indexes.iter().any(|ours| is_index(index, ours)).then(|| number(words.next()?)).flatten()
+    }
+}
+
+/// Whether the first word of the server's header is of this feed. A durable consumer adds a part of its own.
+fn is_index(word: &[u8], feed: &str) -> bool {
+    word.strip_prefix(feed.as_bytes()).is_some_and(|rest| rest.is_empty() || rest.starts_with(b":"))
+}
+
 /// All hops from a stream of this name in the provenance of a message: the sites, and the origins.
 pub(crate) fn hops_from(header: &[u8], stream: &str) -> Vec<OtherSiteCopy> {
     let hops = values(header).filter_map(Hop::parse).filter(|hop| hop.stream == stream.as_bytes());
@@ -186,11 +237,7 @@ pub(crate) fn came_from(header: &[u8], origins: &[OriginTag]) -> bool {
 /// Whether a target of kind `source` took a message over one of these feeds, at this hop or an earlier one: a copy and a feed
 /// keep the server's header under another name.
 fn was_fed(header: &[u8], origins: &[OriginTag]) -> bool {
-    let is_of = |value: &[u8], fed: &str| {
-        let index = value.split(|byte| *byte == b' ').next().unwrap_or_default();
-        // A durable consumer adds a part of its own.
-        index.strip_prefix(fed.as_bytes()).is_some_and(|rest| rest.is_empty() || rest.starts_with(b":"))
-    };
+    let is_of = |value: &[u8], fed: &str| is_index(value.split(|byte| *byte == b' ').next().unwrap_or_default(), fed);
     let feeds = || origins.iter().filter_map(|origin| origin.fed.as_deref());
     feeds().next().is_some()
         && memmem::find(header, names::STREAM_SOURCE_HEADER.as_bytes()).is_some()
@@ -313,6 +360,40 @@ mod tests {
             let expect = ours.then_some(MessageOrigin { seq: 7, time_ms: 5 });
             assert_eq!(tag.origin_of_later(block.as_bytes()), expect, "{copied} {later}");
         }
+    }
+
+    #[test]
+    fn the_server_s_header_names_the_feed() {
+        let subjects = |site: &str, id: &str| FeedSubjects::of(site, id);
+        let indexes = ["EAST", "ONE"].map(|site| subjects(site, "ORDERS.a").source_index("ORDERS")).to_vec();
+        let tag = FeedTag { api: subjects("EAST", "ORDERS.a").api(), indexes };
+        let check = |value: &str, expect: Option<u64>| {
+            let header = format!("NATS/1.0\r\nNats-Stream-Source: {value}\r\n\r\n");
+            assert_eq!(tag.origin(header.as_bytes()), expect, "{value}");
+        };
+        let index = |site: &str, id: &str, stream: &str| subjects(site, id).source_index(stream);
+        let ours = index("EAST", "ORDERS.a", "ORDERS");
+        check(&format!("{ours} 12 > > orders.1"), Some(12));
+        check(&format!("{ours}:C=aB3dE6gH 12 > > orders.1"), Some(12));
+        check(&format!("{} 12 > > orders.1", index("ONE", "ORDERS.a", "ORDERS")), Some(12));
+        // Another replication, site or stream, and a source in the account itself.
+        check(&format!("{} 12 > > orders.1", index("EAST", "ORDERS.b", "ORDERS")), None);
+        check(&format!("{} 12 > > orders.1", index("WEST", "ORDERS.a", "ORDERS")), None);
+        check(&format!("{} 12 > > orders.1", index("EAST", "ORDERS.a", "ORDERS2")), None);
+        for wrong in [format!("{ours}x 12 > > o"), format!("{ours} x"), ours.clone(), "ORDERS 12 > > o".to_owned()] {
+            check(&wrong, None);
+        }
+        assert_eq!(tag.origin(b""), None);
+        // Two with the same prefix look the same.
+        let source = |api: &str, filter: &str| serde_json::json!({"name": "ORDERS", "filter_subject": filter, "external": {"api": api}});
+        let target = |other: &str| -> StreamInfo {
+            let sources = [source(&tag.api, "a"), source(other, "b")];
+            serde_json::from_value(serde_json::json!({"config": {"name": "T", "sources": sources}, "state": {}}))
+                .unwrap()
+        };
+        assert_eq!(tag.check(&target("$SR.other.API")), Ok(()));
+        let error = tag.check(&target(&tag.api)).unwrap_err().message;
+        assert!(error.starts_with("target stream `T` has 2 sources with the API prefix `$SR."), "{error}");
     }
 
     #[test]

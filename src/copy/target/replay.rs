@@ -39,13 +39,11 @@ pub(crate) struct StoredLetter {
     id: String,
 }
 
-/// Where a letter is replayed to.
+/// Where a message is stored that the copy has passed: a replayed letter, or a repair.
 #[derive(Debug)]
-pub(crate) struct ReplayTarget<'a> {
+pub(crate) struct LaterTarget<'a> {
     pub replication: &'a Replication,
     pub site: &'a str,
-    /// The stream of the letters.
-    pub letters: &'a str,
     pub target: &'a StreamInfo,
     /// Prefix of the subjects of the target's JetStream API.
     pub api_prefix: &'a str,
@@ -55,6 +53,20 @@ pub(crate) struct ReplayTarget<'a> {
     pub ttl: bool,
     /// The time now, nanoseconds since the Unix epoch.
     pub now_ns: i64,
+}
+
+/// A message that is stored later.
+#[derive(Debug)]
+pub(super) struct LaterMessage<'a> {
+    /// Subject and headers at the source.
+    pub subject: &'a str,
+    pub header: &'a [u8],
+    /// Bytes of the payload, and of what is added to the headers later.
+    pub payload: usize,
+    pub origin: MessageOrigin,
+    pub id: &'a str,
+    /// The hop after that of the copy: no run takes it for the newest message that was copied, by which it would resume.
+    pub hop: (Tag, MessageOrigin),
 }
 
 /// Subject and header block of a message to publish.
@@ -73,19 +85,33 @@ impl ReplayedMessage {
     }
 }
 
-/// What a target stores.
-#[derive(Debug)]
-pub(super) struct StoreLimits<'a> {
-    pub target: &'a StreamInfo,
-    /// Prefix of the subjects of the target's JetStream API.
-    pub api_prefix: &'a str,
-    /// Largest message of the target's server.
-    pub max_payload: usize,
-}
+impl LaterTarget<'_> {
+    /// What is published: a copy with one hop more; an error if the target cannot store that. A rollup would remove newer messages:
+    /// it is dropped.
+    pub(super) fn publishes(&self, message: &LaterMessage<'_>) -> Result<ReplayedMessage, Error> {
+        let LaterMessage { origin, hop: (hop, hop_origin), .. } = message;
+        let mut room = Vec::new();
+        let subject = self.replication.mapping.apply(message.subject.as_bytes(), &mut room);
+        let subject = String::from_utf8_lossy(subject).into_owned();
+        let passed_ms = self.now_ns.div_euclid(1_000_000).saturating_sub(origin.time_ms);
+        let passage = Passage {
+            origin: *origin,
+            age_secs: u64::try_from(passed_ms / 1_000).unwrap_or_default(),
+            stamp: Stamp { chain: None, id: Some(message.id) },
+            expected_stream: Some(&self.replication.target.stream),
+        };
+        let mut header = Vec::new();
+        let allowed = Allowed { ttl: self.ttl, ..Allowed::default() };
+        header_block(&mut header, message.header, allowed, &letter_tag(self.replication, self.site), &passage);
+        header.truncate(header.len() - 2);
+        hop.write(&mut header, *hop_origin);
+        header.extend_from_slice(b"\r\n");
+        self.check(&subject, &header, message.payload)?;
+        Ok(ReplayedMessage { subject, header })
+    }
 
-impl StoreLimits<'_> {
     /// An error if the target cannot store a message.
-    pub fn check(&self, subject: &str, header: &[u8], payload: usize) -> Result<(), Error> {
+    fn check(&self, subject: &str, header: &[u8], payload: usize) -> Result<(), Error> {
         let size = header.len() + payload;
         let limit = usize::try_from(self.target.number("max_msg_size")).ok().filter(|limit| *limit > 0);
         let why = if subject.is_empty() {
@@ -152,43 +178,18 @@ impl StoredLetter {
         self.subject.len() + self.header.len() + self.payload
     }
 
-    /// What a replay publishes; an error if the target cannot store that.
-    pub fn replay(&self, to: &ReplayTarget<'_>) -> Result<ReplayedMessage, Error> {
-        let ReplayTarget { replication, target, .. } = to;
-        let mut room = Vec::new();
-        let subject = replication.mapping.apply(self.subject.as_bytes(), &mut room);
-        let subject = String::from_utf8_lossy(subject).into_owned();
-        let header = self.replayed_header(to);
-        let limits = StoreLimits { target, api_prefix: to.api_prefix, max_payload: to.max_payload };
-        limits.check(&subject, &header, self.payload)?;
-        Ok(ReplayedMessage { subject, header })
-    }
-
-    /// As in a copy, with the id of the letter, and with the hop from the stream of the letters. A rollup would remove newer
-    /// messages: it is never replayed.
-    fn replayed_header(&self, to: &ReplayTarget<'_>) -> Vec<u8> {
-        let passed_ms = to.now_ns.div_euclid(1_000_000).saturating_sub(self.origin.time_ms);
-        let passage = Passage {
+    /// What a replay publishes, with the id of the letter and the hop from the stream of the letters; an error if the target cannot
+    /// store that.
+    pub fn replay(&self, letters: &str, to: &LaterTarget<'_>) -> Result<ReplayedMessage, Error> {
+        let own = MessageOrigin { seq: self.seq, time_ms: self.time_ns.div_euclid(1_000_000) };
+        to.publishes(&LaterMessage {
+            subject: &self.subject,
+            header: &self.header,
+            payload: self.payload,
             origin: self.origin,
-            age_secs: u64::try_from(passed_ms / 1_000).unwrap_or_default(),
-            stamp: Stamp { chain: None, id: Some(&self.id) },
-            expected_stream: Some(&to.replication.target.stream),
-        };
-        let mut header = Vec::new();
-        let allowed = Allowed { ttl: to.ttl, ..Allowed::default() };
-        header_block(&mut header, &self.header, allowed, &letter_tag(to.replication, to.site), &passage);
-        header.truncate(header.len() - 2);
-        self.hop(to).write(&mut header, self.own_origin());
-        header.extend_from_slice(b"\r\n");
-        header
-    }
-
-    fn hop(&self, to: &ReplayTarget<'_>) -> Tag {
-        Tag::new(to.letters, to.site, &to.replication.name)
-    }
-
-    fn own_origin(&self) -> MessageOrigin {
-        MessageOrigin { seq: self.seq, time_ms: self.time_ns.div_euclid(1_000_000) }
+            id: &self.id,
+            hop: (Tag::new(letters, to.site, &to.replication.name), own),
+        })
     }
 
     /// Whether a message of the target is the one of this letter: a replay, of another letter of the same message too, a repair,
@@ -235,17 +236,16 @@ mod tests {
     fn replayed(letter: &StoredLetter, fields: serde_json::Value, target: serde_json::Value) -> Result<String, String> {
         let replication = replication(fields);
         let target: StreamInfo = serde_json::from_value(json!({"config": target, "state": {}})).unwrap();
-        let to = ReplayTarget {
+        let to = LaterTarget {
             replication: &replication,
             site: "SITE",
-            letters: "DEAD",
             target: &target,
             api_prefix: "$JS.API",
             max_payload: 1000,
             ttl: true,
             now_ns: 45_000_000_000,
         };
-        let replayed = letter.replay(&to).map_err(|error| error.message)?;
+        let replayed = letter.replay("DEAD", &to).map_err(|error| error.message)?;
         let message = StoredMessage { header: replayed.header.clone(), ..stored("") };
         let tag = letter_tag(&replication, "SITE");
         assert!(letter.is_stored_as(&message, &tag));

@@ -21,7 +21,7 @@ const ID: &str = "ORDERS";
 /// In flight when the subscriber stops: delivered, and some of them acknowledged.
 const IN_FLIGHT: u64 = 50;
 
-async fn create(raw: &mut Raw, stream: &str, name: &str, config: Value) -> Result<Value> {
+pub(crate) async fn create(raw: &mut Raw, stream: &str, name: &str, config: Value) -> Result<Value> {
     let config = merged(json!({"name": name, "durable_name": name, "ack_policy": "explicit"}), config);
     let body = json!({"stream_name": stream, "config": config});
     raw.api(&format!("CONSUMER.DURABLE.CREATE.{stream}.{name}"), body).await
@@ -36,7 +36,7 @@ fn position(info: &Value) -> Option<u64> {
     info["config"]["metadata"]["stream-replicator.position"].as_str()?.parse().ok()
 }
 
-async fn wait_position(raw: &mut Raw, stream: &str, name: &str, expect: u64) -> Result<Value> {
+pub(crate) async fn wait_position(raw: &mut Raw, stream: &str, name: &str, expect: u64) -> Result<Value> {
     let mut last = None;
     wait_for(&format!("{name} at {expect}"), LIMIT, async || {
         last = info(raw, stream, name).await;
@@ -54,7 +54,13 @@ async fn consumer(url: &str, stream: &str, name: &str) -> Result<jetstream::cons
 }
 
 /// What a subscriber was given: numbers and stream sequences, in order. Without `acks` for those that are not wanted.
-async fn take(url: &str, stream: &str, name: &str, count: u64, acks: impl Fn(u64) -> bool) -> Result<Vec<(u64, u64)>> {
+pub(crate) async fn take(
+    url: &str,
+    stream: &str,
+    name: &str,
+    count: u64,
+    acks: impl Fn(u64) -> bool,
+) -> Result<Vec<(u64, u64)>> {
     let consumer = consumer(url, stream, name).await?;
     let mut seen = Vec::new();
     while (seen.len() as u64) < count {

@@ -6,7 +6,7 @@ mod allow;
 pub mod browser;
 mod config;
 mod configuration;
-mod consumers;
+pub(crate) mod consumers;
 mod deleted_and_added;
 mod dlq;
 mod docs;

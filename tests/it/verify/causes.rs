@@ -5,7 +5,7 @@ use async_nats::jetstream::{self, object_store};
 use serde_json::{Value, json};
 
 use super::{ID, message, ranges, verified};
-use crate::harness::{LIMIT, Outgoing, Raw, Site, connect, raw::wait_messages, request, wait_for};
+use crate::harness::{LIMIT, Outgoing, Raw, Site, connect, raw::wait_messages, request, site::merged, wait_for};
 
 /// Deletes a message of a stream at the target.
 async fn delete(site: &Site, stream: &str, seq: u64) -> Result<()> {
@@ -55,6 +55,50 @@ async fn what_expired_at_one_side_is_expected() -> Result<()> {
     delete(&site, ID, lost.seq).await?;
     let found = verified(&site, ID, json!({})).await?;
     check(&found, &json!({"removed_at_source": kept}), &[(55, 55)], &site)
+}
+
+/// Changes fields of the target stream.
+async fn update_target(site: &Site, fields: Value) -> Result<()> {
+    let mut target = site.target().await?;
+    let config = target.api(&format!("STREAM.INFO.{ID}"), Value::Null).await?["config"].take();
+    target.api(&format!("STREAM.UPDATE.{ID}"), merged(config, fields)).await?;
+    Ok(())
+}
+
+const SECOND: u64 = 1_000_000_000;
+
+#[tokio::test]
+async fn what_only_the_target_lets_expire_is_expected() -> Result<()> {
+    let site = Site::small().await?;
+    let mut source = site.source_stream(ID, json!({"max_age": 3_600 * SECOND})).await?;
+    site.target_stream(ID, json!({"max_age": SECOND})).await?;
+    site.add(ID, json!({})).await?;
+    // Messages expire before and while it compares.
+    let mut written = 0;
+    let mut expired = 0;
+    for _ in 0..4 {
+        for _ in 0..10 {
+            source.publish_all((written + 1..=written + 100).map(message)).await?;
+            written += 100;
+            tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+        }
+        let found = verified(&site, ID, json!({"rate": 20_000})).await?;
+        let removed = found["expected"]["removed_at_target"].as_u64().unwrap_or_default();
+        expired = removed.max(expired);
+        check(&found, &found["expected"], &[], &site)?;
+    }
+    ensure!(expired > 0, "nothing expired while it compared");
+    wait_for("all to expire", LIMIT, async || site.at_target(ID).await.is_ok_and(|messages| messages == 0)).await?;
+    site.settled(ID, written).await?;
+    let found = verified(&site, ID, json!({})).await?;
+    check(&found, &json!({"removed_at_target": written}), &[], &site)?;
+    // From now on none expires, and the one that is lost is found.
+    update_target(&site, json!({"max_age": 600 * SECOND})).await?;
+    source.publish_all((written + 1..=written + 300).map(message)).await?;
+    site.settled(ID, written + 300).await?;
+    delete(&site, ID, written + 150).await?;
+    let found = verified(&site, ID, json!({})).await?;
+    check(&found, &json!({"removed_at_target": written}), &[(written + 150, written + 150)], &site)
 }
 
 #[tokio::test]

@@ -136,7 +136,29 @@ async fn a_target_that_others_write_to_is_equal() -> Result<()> {
     let found = verified(&site, ID, json!({})).await?;
     clean(&found, &site)?;
     assert_eq!(found["expected"], json!({"other_writer": 100}), "{found:#}");
-    // Two ways: what came from the target is not copied back.
+    Ok(())
+}
+
+/// With `target_mode: auto`, what the copy has not found yet is no other than what it has found.
+#[tokio::test]
+async fn others_at_an_auto_target_are_expected() -> Result<()> {
+    let site = Site::small().await?;
+    let mut target = site.target_stream(ID, json!({})).await?;
+    copied(&site, json!({}), 500).await?;
+    let row = site.row(ID).await.context("a row")?;
+    assert_eq!(row["target_mode"], "exclusive", "{row:#}");
+    target.publish(&Outgoing::new("orders.own", "after the last copy")).await?;
+    let found = verified(&site, ID, json!({})).await?;
+    clean(&found, &site)?;
+    assert_eq!(found["expected"], json!({"other_writer": 1}), "{found:#}");
+    // The copy finds it.
+    site.source().await?.publish_all((501..=510).map(message)).await?;
+    site.settled(ID, 510).await?;
+    let row = site.row(ID).await.context("a row")?;
+    assert_eq!(row["target_mode"], "shared", "{row:#}");
+    let found = verified(&site, ID, json!({})).await?;
+    clean(&found, &site)?;
+    assert_eq!(found["expected"], json!({"other_writer": 1}), "{found:#}");
     Ok(())
 }
 

@@ -151,6 +151,7 @@ async fn the_command_follows_and_prints_the_result() -> Result<()> {
     let ended = site.cli().run(["verify", ID, "--follow", "--rate", "100000"]).await?;
     assert_eq!(ended.code, Some(1), "{ended:?}");
     assert!(ended.stdout.contains("payload   1 message: source 10"), "{}", ended.stdout);
+    assert!(!ended.stderr.contains('\x1b'), "progress is for terminals alone: {ended:?}");
     let json = site.cli().run(["verify", ID, "--status", "--json"]).await?;
     let shown_json: Value = serde_json::from_str(&json.stdout)?;
     assert_eq!(shown_json["verification"], shown(&site, ID).await?);

@@ -7,6 +7,7 @@ mod findings;
 mod jobs;
 mod large;
 mod repair;
+mod same_names;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::{Value, json};
