@@ -403,11 +403,18 @@ async fn a_browser_shows_a_drift_until_it_is_fixed() -> Result<()> {
         .await?;
     browser.value("location.hash = '#/replication/ORDERS'").await?;
     browser.until("!document.getElementById('drift-table').hidden").await?;
-    // The same words as those of the request, and of `report`.
+    // The same words as those of the request, and of `report`; durations as the command line has them.
     let report = request(&site.client, "replicator.drift", json!({"replication": "ORDERS"})).await?;
     let fields = report["replications"][0]["fields"].as_array().context("fields")?;
     let found: Vec<_> = fields.iter().filter(|field| field["class"] != "expected").collect();
-    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string().replace("null", "-"), str::to_owned);
+    let text = |value: &Value| match value {
+        Value::String(text) => text.clone(),
+        value => match value.as_u64() {
+            Some(0) => "unlimited".to_owned(),
+            Some(3_600_000_000_000) => "1h0m0s".to_owned(),
+            _ => value.to_string().replace("null", "-"),
+        },
+    };
     let words = |field: &&Value| {
         let names = ["field", "source", "target", "wanted", "class", "reason"];
         names.map(|name| text(&field[name]))
