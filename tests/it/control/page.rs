@@ -144,6 +144,7 @@ async fn no_answer_can_be_taken_for_something_else() -> Result<()> {
         ("/", "text/html; charset=utf-8"),
         ("/page.css", "text/css; charset=utf-8"),
         ("/page.js", "text/javascript; charset=utf-8"),
+        ("/topology.js", "text/javascript; charset=utf-8"),
         ("/icon.svg", "image/svg+xml"),
         ("/metrics", "text/plain"),
         ("/livez", "text/plain"),
@@ -194,8 +195,17 @@ async fn a_login_is_needed_for_all_but_the_health() -> Result<()> {
         format!("Authorization: Basic {}\r\n", BASE64_STANDARD.encode(format!("{user}:{password}")))
     };
     let good = header("ops", "s3cret-word");
-    for path in ["/", "/page.js", "/page.css", "/icon.svg", "/metrics", "/choria/prometheus", "/replication/X", "/live"]
-    {
+    for path in [
+        "/",
+        "/page.js",
+        "/topology.js",
+        "/page.css",
+        "/icon.svg",
+        "/metrics",
+        "/choria/prometheus",
+        "/replication/X",
+        "/live",
+    ] {
         for wrong in [String::new(), header("ops", "s3cret"), header("root", "s3cret-word"), header("ops", "")] {
             let (code, head, body) = get(&address, path, &wrong).await?;
             assert_eq!(code, 401, "{path} {wrong}");
@@ -568,6 +578,49 @@ async fn the_page_works_by_keyboard_address_and_filter() -> Result<()> {
     assert_eq!(browser.value("document.activeElement.textContent").await?, "BETA");
     let rows = browser.value("document.getElementById('table').getAttribute('aria-rowcount')").await?;
     assert_eq!(rows, "4");
+    Ok(())
+}
+
+/// Rows of the document are in the order that is seen.
+pub const IN_ORDER: &str = "[...document.querySelectorAll('#rows tr')].map(tr => Number(tr.ariaRowIndex))\
+                            .every((at, index, all) => index === 0 || at > all[index - 1])";
+
+#[tokio::test]
+async fn scrolled_rows_keep_their_order_and_the_focus() -> Result<()> {
+    let Some(mut browser) = Browser::start().await? else { return Ok(()) };
+    let site = site().await?;
+    let address = site.service.monitor().await?;
+    for number in 0..150 {
+        site.put(&format!("R{number:03}"), "{}").await?;
+    }
+    browser.look(1440, 900, "light").await?;
+    browser.open(&format!("http://{address}/#sort=id")).await?;
+    browser.until("page.shown.length === 150 && document.querySelector('#rows a')?.textContent === 'R000'").await?;
+    browser.value("document.querySelector('#rows a').focus()").await?;
+    // Down in steps, each of which uses rows again, and to the end.
+    for step in 1..=20 {
+        browser
+            .value(&format!("new Promise(done => {{ scrollTo(0, {step} * 370); requestAnimationFrame(done) }})"))
+            .await?;
+    }
+    browser.value("document.getElementById('events').scrollIntoView({block: 'end'})").await?;
+    let ids = "[...document.querySelectorAll('#rows a')].map(a => a.textContent)";
+    browser.until(&format!("{ids}.includes('R149')")).await?;
+    browser.until(IN_ORDER).await?;
+    let rows = browser.value("document.querySelectorAll('#rows tr').length").await?;
+    ensure!(rows.as_u64().is_some_and(|rows| rows < 60), "{rows} rows are in the document");
+    // Each row is where its place in the list is, with the words of its replication.
+    let wrong = "[...document.querySelectorAll('#rows tr')].filter(tr => { const row = page.shown[tr.ariaRowIndex - 2];\
+                 const top = tr.getBoundingClientRect().top - document.getElementById('rows').getBoundingClientRect().top;\
+                 return tr.querySelector('a').textContent !== row.id || Math.abs(top - 48 * row.at) > 1 }).length";
+    assert_eq!(browser.value(wrong).await?, 0);
+    assert_eq!(browser.value("document.activeElement.textContent").await?, "R000");
+    browser.press("ArrowDown").await?;
+    assert_eq!(browser.value("document.activeElement.textContent").await?, "R001");
+    let seen = "(() => { const row = document.activeElement.closest('tr').getBoundingClientRect();\
+                return row.top >= document.getElementById('table').tHead.getBoundingClientRect().bottom - 1\
+                && row.bottom <= innerHeight + 1 })()";
+    assert_eq!(browser.value(seen).await?, true, "the focused row is not in view");
     Ok(())
 }
 
