@@ -79,6 +79,39 @@ function cut(text, most) {
   return text.length > most ? `${text.slice(0, most - 1)}…` : text;
 }
 
+/** The point of a curve at 0 (its start) to 1. */
+function along(points, at) {
+  const weights = [(1 - at) ** 3, 3 * at * (1 - at) ** 2, 3 * at * at * (1 - at), at ** 3];
+  return [0, 1].map((axis) => points.reduce((sum, point, index) => sum + weights[index] * point[axis], 0));
+}
+
+/** The words of the lines, each where it covers least: no box, no other words, no other line, and its own line only where there is no
+    room beside it. */
+function labels(lines, boxes, narrow, width, height) {
+  const taken = [];
+  return lines.map((line) => {
+    const half = line.words.length * (narrow ? 3 : 3.3) + 3;
+    const sides = [[0, -6], [0, 15], [-half - 4, 4], [half + 4, 4], [0, 4]];
+    if (line.first) sides.unshift(...sides.splice(line.first, 1));
+    let best = null;
+    for (const at of [line.at, 0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8]) {
+      const [x, y] = along(line.points, at);
+      for (const [dx, dy] of sides) {
+        const label = { left: x + dx - half, right: x + dx + half, top: y + dy - 12, bottom: y + dy + 3 };
+        const over = (other) => label.left < other.right && label.right > other.left && label.top < other.bottom && label.bottom > other.top;
+        const crossed = (other) => other.path.filter(([px, py]) => px > label.left && px < label.right && py > label.top && py < label.bottom).length;
+        let cost = label.left < 0 || label.right > width || label.top < 0 || label.bottom > height ? 1000 : 0;
+        cost += 300 * boxes.filter(over).length + 300 * taken.filter(over).length;
+        for (const other of lines) cost += crossed(other) * (other === line ? 1 : 20);
+        if (!best || cost < best.cost) best = { cost, label, x: x + dx, y: y + dy };
+      }
+      if (best.cost === 0) break;
+    }
+    taken.push(best.label);
+    return shape("text", { x: best.x.toFixed(1), y: best.y.toFixed(1), class: "label" }, line.words);
+  });
+}
+
 function picture({ nodes, edges, columns, longest }, narrow, width) {
   // Sideways on a wide screen, downwards on a narrow one.
   const high = 46;
@@ -87,7 +120,8 @@ function picture({ nodes, edges, columns, longest }, narrow, width) {
     : Math.min(230, Math.max(120, Math.floor((width - 20) / columns - 70)));
   const sizes = [];
   for (const node of nodes) sizes[node.column] = Math.max(sizes[node.column] || 0, node.row + 1);
-  const height = narrow ? columns * (high + 70) - 70 + 20 : longest * (high + 18) + 22;
+  const far = (edge) => !narrow && Math.abs(edge.to.column - edge.from.column) > 1;
+  const height = narrow ? columns * (high + 70) - 70 + 20 : longest * (high + 18) + 22 + (edges.some(far) ? 30 : 0);
   for (const node of nodes) {
     if (narrow) {
       node.x = (width - sizes[node.column] * (wide + 10) + 10) / 2 + node.row * (wide + 10);
@@ -99,7 +133,7 @@ function picture({ nodes, edges, columns, longest }, narrow, width) {
     }
   }
   const drawing = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-labelledby": "topology-title", class: narrow ? "narrow" : "" });
-  const labels = [];
+  const lines = [];
   const degree = (node) => edges.filter((edge) => edge.from === node || edge.to === node).length;
   for (const edge of edges) {
     const { from, to } = edge;
@@ -125,23 +159,22 @@ function picture({ nodes, edges, columns, longest }, narrow, width) {
     }
     const [x1, y1, x2, y2] = ends, [lx, ly] = leave;
     const turn = from === to ? -1 : 1;
-    const points = [[x1, y1], [x1 + lx, y1 + ly], [x2 - lx, y2 - turn * ly], [x2, y2]];
+    // A line to a column that is not the next one is a bow around what is between.
+    const bow = far(edge) ? (back ? 60 : -60) : 0;
+    const points = [[x1, y1], [x1 + lx * (bow ? 0.6 : 1), y1 + ly + bow], [x2 - lx * (bow ? 0.6 : 1), y2 - turn * ly + bow], [x2, y2]];
     const path = `M${points[0]}C${points.slice(1).join(" ")}`;
     const head = from === to ? `M${x2 - 5} ${y2}L${x2} ${y2 - 7}L${x2 + 5} ${y2}z`
       : `M${x2 + tip[0]} ${y2 + tip[1]}L${x2 + tip[2]} ${y2 + tip[3]}L${x2 + tip[4]} ${y2 + tip[5]}z`;
     // The label is near the end that fewer lines share.
     const at = back ? 0.5 : degree(to) >= degree(from) ? 0.25 : 0.75;
-    const weights = [(1 - at) ** 3, 3 * at * (1 - at) ** 2, 3 * at * at * (1 - at), at ** 3];
-    const along = (axis) => points.reduce((sum, point, index) => sum + weights[index] * point[axis], 0);
-    const middle = [along(0), along(1) + (back && !narrow ? 15 : narrow ? 4 : -6)];
     const words = `${pairRate(edge)}/s${edge.number > 1 ? ` · ${edge.number}` : ""}`;
     const title = `${edge.number} from ${from.name} to ${to.name}: ${pairRate(edge)} messages/s, lag ${count(edge.lag)}, worst ${edge.worst}`;
     drawing.append(shape("g", { class: edge.worst, role: "img", "aria-label": title },
       shape("title", {}, title), shape("path", { d: path, "stroke-width": thick.toFixed(1) }), shape("path", { d: head, class: "tip" })));
-    labels.push(shape("text", { x: middle[0], y: middle[1], class: "label" }, words));
+    lines.push({ words, at, path: Array.from({ length: 61 }, (_, step) => along(points, step / 60)), points, first: back ? 1 : 0 });
   }
   for (const node of nodes) {
-    const room = Math.floor((wide - 16) / (narrow ? 6 : 6.6));
+    const room = Math.floor((wide - 16) / (narrow ? 6.1 : 6.6));
     const box = shape("g", {}, shape("title", {}, node.name),
       shape("rect", { x: node.x, y: node.y, width: wide, height: high, rx: 7 }),
       shape("text", { x: node.x + 8, y: node.y + 19 }, cut(node.name, room)),
@@ -155,6 +188,6 @@ function picture({ nodes, edges, columns, longest }, narrow, width) {
     }
     drawing.append(box);
   }
-  drawing.append(...labels);
+  drawing.append(...labels(lines, nodes.map(({ x, y }) => ({ left: x, right: x + wide, top: y, bottom: y + high })), narrow, width, height));
   return drawing;
 }

@@ -624,6 +624,16 @@ async fn scrolled_rows_keep_their_order_and_the_focus() -> Result<()> {
     Ok(())
 }
 
+/// Words of the picture that lie on a box, on other words or on more than one line.
+const HIDDEN_WORDS: &str = "(() => { const svg = document.querySelector('#topology svg');\
+    const box = shape => shape.getBBox(), labels = [...svg.querySelectorAll('.label')].map(box);\
+    const boxes = [...svg.querySelectorAll('rect')].map(box), lines = [...svg.querySelectorAll('path:not(.tip)')];\
+    const over = (a, b) => a.x < b.x + b.width && b.x < a.x + a.width && a.y < b.y + b.height && b.y < a.y + a.height;\
+    const on = (label, line) => Array.from({length: 200}, (_, at) => line.getPointAtLength(line.getTotalLength() * at / 199))\
+        .some(({x, y}) => x > label.x && x < label.x + label.width && y > label.y && y < label.y + label.height);\
+    return labels.filter((label, at) => boxes.some(other => over(label, other)) || lines.filter(line => on(label, line)).length > 1\
+        || labels.some((other, index) => index !== at && over(label, other))).length; })()";
+
 /// Kept below `target/tmp/status-page`, for review.
 #[tokio::test]
 async fn pictures_of_the_page_are_kept() -> Result<()> {
@@ -658,6 +668,7 @@ async fn pictures_of_the_page_are_kept() -> Result<()> {
             browser.until("document.getElementById('detail').hidden").await?;
             let over = browser.value("document.documentElement.scrollWidth - innerWidth").await?;
             assert!(over.as_i64() <= Some(0), "{over} pixels are cut off at {width}");
+            assert_eq!(browser.value(HIDDEN_WORDS).await?, 0, "words of the topology are hidden at {width}");
             browser.picture(&format!("list-{width}-{colours}")).await?;
             browser.value("location.hash = '#/replication/SLOW'").await?;
             browser.until("document.querySelectorAll('.chart svg').length === 2").await?;
