@@ -156,6 +156,7 @@ fn router(sources: Sources, auth: Option<MonitorAuth>, live: Arc<LivePage>) -> R
         .route("/", get(page::index))
         .route("/page.css", get(page::style))
         .route("/page.js", get(page::script))
+        .route("/topology.js", get(page::topology))
         .route("/icon.svg", get(page::icon));
     let metrics = Router::new()
         .route("/metrics", get(show_metrics))

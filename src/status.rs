@@ -9,7 +9,7 @@ use nats_lane::entropy;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-pub use self::drift::{DriftSetting, GroupDrift, KnownDrift};
+pub use self::drift::{DriftSetting, GroupDrift, KnownDrift, setting_words};
 pub use self::verification::{
     DifferenceExample, DifferenceKind, DifferenceSummary, ExpectedCause, RepairResult, SequenceRange, Verification,
     VerificationResult, VerificationState, VerificationSummary,

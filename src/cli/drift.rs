@@ -10,7 +10,10 @@ use super::{
     output::{self, Colour, Output, Table, clean},
     reply::Reply,
 };
-use crate::control::api::{DriftClass, DriftField, DriftReport, DriftRequest, DriftRow};
+use crate::{
+    control::api::{DriftClass, DriftField, DriftReport, DriftRequest, DriftRow},
+    status::setting_words,
+};
 
 /// Compare the stream configurations of both sides
 ///
@@ -176,9 +179,9 @@ fn show(report: &DriftReport, expected: bool, out: &mut Output) {
                 row.replication.clone(),
                 row.target_stream.clone(),
                 name,
-                value(&field.source),
-                value(&field.target),
-                value(&field.wanted),
+                value(field, &field.source),
+                value(field, &field.target),
+                value(field, &field.wanted),
                 class.to_owned(),
                 reason(row, field),
             ];
@@ -217,10 +220,6 @@ fn reason(row: &DriftRow, field: &DriftField) -> String {
     clean(&format!("{}{also}", field.reason))
 }
 
-fn value(value: &Value) -> String {
-    match value {
-        Value::Null => "-".to_owned(),
-        Value::String(text) => clean(text),
-        value => clean(&value.to_string()),
-    }
+fn value(field: &DriftField, value: &Value) -> String {
+    clean(&setting_words(&field.field, value))
 }

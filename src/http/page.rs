@@ -40,6 +40,10 @@ pub(super) async fn script() -> Response {
     file("text/javascript; charset=utf-8", include_str!("page/page.js"))
 }
 
+pub(super) async fn topology() -> Response {
+    file("text/javascript; charset=utf-8", include_str!("page/topology.js"))
+}
+
 pub(super) async fn icon() -> Response {
     file("image/svg+xml", include_str!("page/icon.svg"))
 }

@@ -42,8 +42,18 @@ pub(super) struct RecentEvents {
 enum KeptEvent {
     /// As it was published, with its number.
     Raw(u64, Box<[u8]>),
-    /// Read and cut, because it is long.
-    Short(RecentEvent),
+    /// Read and cut, because it is long, and the hash of its body.
+    Short(RecentEvent, u64),
+}
+
+impl KeptEvent {
+    /// Of the body as it was published.
+    fn hash(&self) -> u64 {
+        match self {
+            Self::Raw(_, body) => xxh3_64(body),
+            Self::Short(_, hash) => *hash,
+        }
+    }
 }
 
 impl RecentEvents {
@@ -61,15 +71,13 @@ impl RecentEvents {
         let arrived = std::mem::take(&mut self.events);
         earlier.iter().for_each(|body| self.append(body.as_ref()));
         for mut event in arrived {
-            if let KeptEvent::Raw(_, body) = &event
-                && self.earlier.remove(&xxh3_64(body))
-            {
+            if self.earlier.remove(&event.hash()) {
                 continue;
             }
             self.last += 1;
             match &mut event {
                 KeptEvent::Raw(number, _) => *number = self.last,
-                KeptEvent::Short(event) => event.number = self.last,
+                KeptEvent::Short(event, _) => event.number = self.last,
             }
             self.events.push_back(event);
         }
@@ -85,7 +93,7 @@ impl RecentEvents {
         let kept = match body.len() {
             ..=LONGEST_BODY => KeptEvent::Raw(number, body.into()),
             _ => match read(number, body) {
-                Some(event) => KeptEvent::Short(event),
+                Some(event) => KeptEvent::Short(event, xxh3_64(body)),
                 None => return,
             },
         };
@@ -98,7 +106,7 @@ impl RecentEvents {
     pub(super) fn since(&self, number: u64) -> Vec<RecentEvent> {
         let newer = self.events.iter().rev().map_while(|kept| match kept {
             KeptEvent::Raw(at, body) => (*at > number).then(|| read(*at, body)),
-            KeptEvent::Short(event) => (event.number > number).then(|| Some(event.clone())),
+            KeptEvent::Short(event, _) => (event.number > number).then(|| Some(event.clone())),
         });
         let mut newer: Vec<_> = newer.flatten().collect();
         newer.reverse();
@@ -157,7 +165,7 @@ mod tests {
         assert!(recent.events.capacity() <= 4 * MOST);
         let bytes = |kept: &KeptEvent| match kept {
             KeptEvent::Raw(_, body) => body.len(),
-            KeptEvent::Short(event) => event.text.capacity(),
+            KeptEvent::Short(event, _) => event.text.capacity(),
         };
         assert!(recent.events.iter().all(|kept| bytes(kept) <= LONGEST_BODY));
         assert_eq!(recent.since(recent.last - 3).len(), 3);
@@ -165,9 +173,18 @@ mod tests {
 
     #[test]
     fn earlier_events_come_first_and_once() {
+        earlier_come_first_and_once(0);
+    }
+
+    #[test]
+    fn long_earlier_events_come_first_and_once() {
+        earlier_come_first_and_once(2 * LONGEST_BODY);
+    }
+
+    fn earlier_come_first_and_once(padding: usize) {
         let body = |number: usize| {
             let mut event = event("held");
-            event["message"] = number.to_string().into();
+            (event["message"], event["note"]) = (number.to_string().into(), "x".repeat(padding).into());
             event.to_string().into_bytes()
         };
         let mut recent = RecentEvents::default();
@@ -176,7 +193,7 @@ mod tests {
         recent.put_before(&[1, 2, 3, 4].map(body));
         [4, 6].into_iter().for_each(|number| recent.push(&body(number)));
         let shown = recent.since(0);
-        let texts: Vec<_> = shown.iter().map(|event| event.text.as_str()).collect();
+        let texts: Vec<_> = shown.iter().filter_map(|event| event.text.split(',').next()).collect();
         assert_eq!(texts, [1, 2, 3, 4, 5, 6].map(|number| format!("message: {number}")));
         assert!(shown.windows(2).all(|pair| pair[0].number < pair[1].number));
         recent.put_before(&(0..2 * MOST).map(body).collect::<Vec<_>>());

@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use chrono::{DateTime, Utc};
 use serde::Serialize;
+use serde_json::Value;
 
 /// Settings that are kept of one replication; more are counted.
 const MOST_SETTINGS: usize = 10;
@@ -69,6 +70,44 @@ impl KnownDrift {
     }
 }
 
+/// The value of a setting, as the `nats` tool shows it: durations are no nanoseconds.
+pub fn setting_words(field: &str, value: &Value) -> String {
+    match (field, value) {
+        (_, Value::Null) => "-".to_owned(),
+        (_, Value::String(text)) => text.clone(),
+        ("max_age" | "duplicate_window" | "subject_delete_marker_ttl", value) => match value.as_u64() {
+            Some(0) if field == "max_age" => "unlimited".to_owned(),
+            Some(nanoseconds) => duration(nanoseconds),
+            None => value.to_string(),
+        },
+        (_, value) => value.to_string(),
+    }
+}
+
+/// `0s`, `0.10s`, `30.00s`, `2m0s`, `1h0m0s`, `1d0h0m0s`, `1y0d0h0m0s`. What differs looks different: fractions are not cut.
+fn duration(nanoseconds: u64) -> String {
+    let (whole, fraction) = (nanoseconds / 1_000_000_000, nanoseconds % 1_000_000_000);
+    let fraction = match fraction {
+        0 => String::new(),
+        fraction => format!(".{}", format!("{fraction:09}").trim_end_matches('0')),
+    };
+    let (minutes, seconds) = (whole / 60, whole % 60);
+    let (hours, days) = (minutes / 60, minutes / 1_440);
+    match (days / 365, days, hours, minutes) {
+        (0, 0, 0, 0) if nanoseconds == 0 => "0s".to_owned(),
+        (0, 0, 0, 0) => match fraction.len() {
+            ..3 => format!("{:.2}s", nanoseconds as f64 / 1e9),
+            _ => format!("{seconds}{fraction}s"),
+        },
+        (0, 0, 0, _) => format!("{minutes}m{seconds}{fraction}s"),
+        (0, 0, _, _) => format!("{hours}h{}m{seconds}{fraction}s", minutes % 60),
+        (0, _, _, _) => format!("{days}d{}h{}m{seconds}{fraction}s", hours % 24, minutes % 60),
+        (years, _, _, _) => {
+            format!("{years}y{}d{}h{}m{seconds}{fraction}s", days % 365, hours % 24, minutes % 60)
+        }
+    }
+}
+
 fn short(text: &str) -> String {
     match text.char_indices().nth(LONGEST) {
         Some((end, _)) => format!("{}…", &text[..end]),
@@ -96,6 +135,31 @@ mod tests {
         let first = &known.settings[0];
         assert_eq!((first.source.chars().count(), first.wanted.len()), (LONGEST + 1, LONGEST));
         assert_eq!(known.not_fixed.map(|why| why.chars().count()), Some(LONGEST + 1));
+    }
+
+    #[test]
+    fn durations_are_those_of_the_nats_tool() {
+        const SECOND: u64 = 1_000_000_000;
+        for (nanoseconds, expect) in [
+            (0, "0s"),
+            (100_000_000, "0.10s"),
+            (1_500_000, "0.0015s"),
+            (30 * SECOND, "30.00s"),
+            (120 * SECOND, "2m0s"),
+            (120 * SECOND + 1, "2m0.000000001s"),
+            (3_600 * SECOND, "1h0m0s"),
+            (90_061 * SECOND, "1d1h1m1s"),
+            (400 * 86_400 * SECOND, "1y35d0h0m0s"),
+            (u64::MAX, "584y343d23h34m33.709551615s"),
+        ] {
+            assert_eq!(setting_words("duplicate_window", &nanoseconds.into()), expect);
+        }
+        assert_eq!(setting_words("max_age", &0.into()), "unlimited");
+        assert_eq!(setting_words("max_age", &Value::Null), "-");
+        // No other number is a duration.
+        assert_eq!(setting_words("max_bytes", &SECOND.into()), "1000000000");
+        assert_eq!(setting_words("max_age", &(-1).into()), "-1");
+        assert_eq!(setting_words("storage", &"file".into()), "file");
     }
 
     #[test]

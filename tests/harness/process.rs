@@ -1,5 +1,6 @@
 //! A child process that is ours to stop: signals, resource use, log file.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -164,6 +165,21 @@ pub fn machine_cpu_seconds() -> f64 {
     // user nice system idle iowait irq softirq steal; what follows is counted in these already.
     let busy: f64 = fields.take(8).enumerate().filter(|(i, _)| !matches!(i, 3 | 4)).map(|(_, ticks)| ticks).sum();
     busy / rustix::param::clock_ticks_per_second() as f64
+}
+
+/// CPU seconds that this process and all that it started spent, as far as they run.
+pub fn own_cpu_seconds() -> f64 {
+    let running = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = running.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
+    let parent = |pid: u32| -> Option<u32> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()
+    };
+    let parents: BTreeMap<u32, u32> = pids.filter_map(|pid| Some((pid, parent(pid)?))).collect();
+    let own = |pid: &&u32| {
+        std::iter::successors(Some(**pid), |pid| parents.get(pid).copied()).any(|pid| pid == std::process::id())
+    };
+    parents.keys().filter(own).filter_map(|pid| cpu_seconds(*pid)).sum()
 }
 
 fn open_log(path: &Path) -> Result<File> {

@@ -216,15 +216,6 @@ pub(super) async fn not_refreshed(
     .collect()
 }
 
-/// From here on, consumers of the target belong to it alone.
-pub(super) async fn release(
-    context: &RequestContext,
-    replication: &Replication,
-    target: &mut Lane,
-) -> Result<(), nats_lane::Error> {
-    moved_consumers::release(target, replication, &context.site).await
-}
-
 fn moved((planned, outcome): (PlannedConsumer, ConsumerOutcome)) -> MovedConsumer {
     let PlannedConsumer { name, position, start, .. } = planned;
     let (outcome, reason) = match outcome {

@@ -25,7 +25,7 @@ use crate::{
     copy::target::drift::{DriftKind, SettingDrift, StreamPair, without},
     names,
     native::{FeedSubjects, Fit, check_target, target_settings},
-    status::{DriftSetting, KnownDrift, State},
+    status::{DriftSetting, KnownDrift, State, setting_words},
     supervisor::KnownSides,
 };
 
@@ -163,11 +163,7 @@ pub(super) async fn known(
 
 fn kept(field: &DriftField) -> DriftSetting {
     let DriftField { field: name, setting, class, source, target, wanted, reason, .. } = field;
-    let value = |value: &Value| match value {
-        Value::Null => "-".to_owned(),
-        Value::String(text) => text.clone(),
-        value => value.to_string(),
-    };
+    let value = |value: &Value| setting_words(name, value);
     DriftSetting {
         field: setting.as_ref().map_or_else(|| name.clone(), |setting| format!("{name} ({setting})")),
         source: value(source),

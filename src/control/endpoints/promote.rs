@@ -8,12 +8,12 @@ use nats_lane::{
     jetstream::{Api, StreamInfo},
 };
 use serde_json::Value;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout, timeout_at};
 use tracing::{info, warn};
 
 use super::{
     RequestContext,
-    consumers::{not_refreshed, refresh_last, release},
+    consumers::{not_refreshed, refresh_last},
     in_time, named,
     position::runnable,
     reply, written,
@@ -24,6 +24,7 @@ use crate::{
         api::{Failure, MoveOutcome, MovedConsumer, PromoteRequest, Promoted},
         service::Request,
     },
+    copy::moved_consumers::release,
     events::Event,
     names,
     native::{FeedSubjects, check_target},
@@ -42,8 +43,13 @@ const MOVED_BEFORE: Duration = Duration::from_millis(800);
 const LISTED_WITHIN: Duration = Duration::from_millis(300);
 /// Consumers that an error names.
 const NAMED: usize = 5;
-/// Deadline for the marks of consumers, after the promotion.
+/// Deadline for the marks of consumers, after the promotion, until the request is answered...
 const RELEASED_WITHIN: Duration = Duration::from_millis(500);
+/// ... and for each of the tries after that: one takes a round trip for each consumer.
+const TRY_WITHIN: Duration = Duration::from_secs(60);
+const TRIES: u32 = 10;
+/// Pause after one that failed.
+const AGAIN: Duration = Duration::from_secs(3);
 /// Servers from this version on turn a mirror into a stream.
 const FIRST: (u32, u32) = (2, 12);
 
@@ -103,6 +109,35 @@ pub(super) async fn promote(context: &RequestContext, request: Request) -> Resul
     context.events.emit(event, &replication.id);
     let revision = if asked.keep { None } else { Some(delete(context, &replication.id).await?) };
     Ok(plan.promoted(asked, revision, lag))
+}
+
+/// Removes the marks of the consumers after the request is answered, and tries it again while the target does not answer.
+fn release_later(context: &RequestContext, replication: &Replication) {
+    let (site, rules, supervisor) = (context.site.clone(), context.rules.clone(), context.supervisor.clone());
+    let replication = replication.clone();
+    let revision = supervisor.row(&replication.id).map(|row| row.config_revision);
+    tokio::spawn(async move {
+        let id = &replication.id;
+        let connection = format!("{} {id}", names::PROGRAM);
+        for tries in 1..=TRIES {
+            let attempt = async {
+                let mut target = rules.dial(&replication.target.place, &connection).await?;
+                release(&mut target, &replication, &site).await
+            };
+            let late = || Err(nats_lane::Error::retry("no answer in time"));
+            let Err(error) = timeout(TRY_WITHIN, attempt).await.unwrap_or_else(|_| late()) else { return };
+            // The consumers of a replication that was added again are its own.
+            let is_new = supervisor.row(id).is_some_and(|row| Some(row.config_revision) != revision);
+            if is_new || tries == TRIES {
+                warn!(
+                    replication = id,
+                    "the consumers of the promoted stream keep the mark of the replication: {error}"
+                );
+                return;
+            }
+            sleep(AGAIN).await;
+        }
+    });
 }
 
 /// Ends the pause of a mirror that was not promoted.
@@ -272,17 +307,14 @@ impl Promotion {
         if replication.consumers.is_empty() {
             return;
         }
-        let released = timeout(RELEASED_WITHIN, async {
-            let late = || nats_lane::Error::retry("the target did not answer before");
-            release(context, replication, self.target.as_mut().ok_or_else(late)?).await
-        })
-        .await;
-        let late = || Err(nats_lane::Error::retry("no answer in time"));
-        if let Err(error) = released.unwrap_or_else(|_| late()) {
-            warn!(
-                replication = replication.id,
-                "the consumers of the promoted stream keep the mark of the replication: {error}"
-            );
+        let released = match &mut self.target {
+            Some(target) => timeout(RELEASED_WITHIN, release(target, replication, &context.site)).await,
+            None => Ok(Err(nats_lane::Error::retry("the target did not answer before"))),
+        };
+        if !matches!(released, Ok(Ok(()))) {
+            // What is not answered belongs to this lane.
+            self.target = None;
+            release_later(context, replication);
         }
     }
 

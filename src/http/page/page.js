@@ -4,6 +4,12 @@
 const ROW = 48;
 const SPARE = 12;
 const LINE = 30;
+/** Milliseconds without scrolling after which more is done. */
+const REST = 150;
+/** Milliseconds of a frame for what arrived. */
+const SLICE = 4;
+/** Rows whose lines are lengthened in one frame. */
+const PLOTS = 8;
 const MOST_EVENTS = 200;
 const MOST_ATTENTION = 5;
 const WORST = ["held", "invalid", "retrying", "stopped", "paused", "starting", "running"];
@@ -11,8 +17,9 @@ const DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/
 const SVG = "http://www.w3.org/2000/svg";
 
 const byId = (id) => document.getElementById(id);
-const page = { texts: [], rows: new Map(), byName: new Map(), shown: [], events: [], instances: [], site: "", since: "", kept: null, lines: 0 };
+const page = { texts: [], rows: new Map(), byName: new Map(), shown: [], events: [], instances: [], site: "", since: "", kept: null, lines: 0, order: null, renewed: false, scrolled: 0, steps: new Set(), lastEvent: 0, sees: false, plots: 0 };
 const view = { filter: "", sort: "worst", down: true, open: null, range: 0, history: null };
+/** Lines of the table by the ids of their rows. */
 const drawn = new Map();
 
 function element(name, attributes, ...children) {
@@ -87,8 +94,7 @@ function take(message, all) {
     page.byName.clear();
     page.texts = [];
     page.events = [];
-    drawn.forEach((line) => line.tr.remove());
-    drawn.clear();
+    page.lastEvent = 0;
     page.site = message.site;
     setText(byId("site"), message.site);
     document.title = `${message.site} · stream-replicator`;
@@ -124,13 +130,27 @@ function take(message, all) {
   page.events.splice(0, page.events.length - MOST_EVENTS);
 
   announce(news);
-  arrange(all || message.rows.length + message.gone.length > 0);
-  showStates();
-  showAttention();
-  showTopology();
-  if (all || message.events.length) showEvents(message.events, all);
-  if (all || message.instances) showInstances();
-  showDetail();
+  if (all || message.rows.length + message.gone.length > 0) page.renewed = true;
+  const steps = [arrangeNews, showStates, showAttention, showTopology, showDetail];
+  if (all || message.events.length) steps.push(showEvents);
+  if (all || message.instances) steps.push(showInstances);
+  soon(...steps);
+}
+
+/** Has these done in the next frames, each of which keeps most of its time for scrolling; what waits already is done once. */
+function soon(...steps) {
+  if (!page.steps.size) requestAnimationFrame(someSteps);
+  for (const step of steps) page.steps.add(step);
+}
+
+function someSteps() {
+  const end = performance.now() + SLICE;
+  for (const step of page.steps) {
+    page.steps.delete(step);
+    step();
+    if (performance.now() > end) break;
+  }
+  if (page.steps.size) requestAnimationFrame(someSteps);
 }
 
 function announce(news) {
@@ -163,7 +183,17 @@ function connect() {
 
 // ---- the table
 
+/** Rows do not change places while they are scrolled because of a number: they do after that. */
+function arrangeNews() {
+  if (!page.renewed && performance.now() - page.scrolled < REST) {
+    draw();
+    return;
+  }
+  arrange(page.renewed);
+}
+
 function arrange(renewed) {
+  page.renewed = false;
   const words = view.filter.toLowerCase().split(/\s+/).filter(Boolean);
   const fits = (row) => {
     if (!words.length) return true;
@@ -190,6 +220,8 @@ function arrange(renewed) {
   } else {
     page.shown = page.shown.map((row) => page.rows.get(row.number)).filter(Boolean);
   }
+  page.shown.forEach((row, at) => { row.at = at; });
+  byId("rows").style.height = `${page.shown.length * ROW}px`;
   const all = page.rows.size;
   setText(byId("count"), page.shown.length === all ? String(all) : `${page.shown.length} of ${all}`);
   byId("table").setAttribute("aria-rowcount", String(page.shown.length + 1));
@@ -204,62 +236,107 @@ function arrange(renewed) {
   draw();
 }
 
+/** Puts the rows around what is in view in place. Each is laid out and painted alone, and the lines of rows that left are used again. */
 function draw() {
   const body = byId("rows");
-  const top = byId("above").getBoundingClientRect().top;
-  const from = Math.max(0, Math.floor(-top / ROW) - SPARE);
-  const to = Math.min(page.shown.length, Math.ceil((innerHeight - top) / ROW) + SPARE);
-  const start = Math.min(from, page.shown.length), end = Math.max(start, to);
-  const wanted = new Set();
-  for (let at = start; at < end; at += 1) wanted.add(page.shown[at].number);
-  for (const [number, line] of drawn) {
-    if (!wanted.has(number)) {
-      line.tr.remove();
-      drawn.delete(number);
+  const top = body.getBoundingClientRect().top;
+  const most = Math.ceil(innerHeight / ROW) + 1 + 2 * SPARE;
+  const start = Math.max(0, Math.min(Math.floor(-top / ROW) - SPARE, page.shown.length - most));
+  const wanted = page.shown.slice(start, start + most);
+  const ids = new Set(wanted.map((row) => row.id));
+  const focused = body.contains(document.activeElement) ? document.activeElement.closest("tr") : null;
+  const free = [];
+  page.plots = PLOTS;
+  for (const [id, line] of drawn) {
+    if (ids.has(id)) continue;
+    const kept = line.tr === focused && page.shown.find((row) => row.id === id);
+    if (kept) {
+      // The focus stays where it is, in view or not.
+      wanted.push(kept);
+      continue;
     }
+    drawn.delete(id);
+    if (line.tr === focused) line.tr.remove();
+    else free.push(line);
   }
-  let next = body.firstChild;
-  for (let at = start; at < end; at += 1) {
-    const row = page.shown[at];
-    let line = drawn.get(row.number);
+  for (const row of wanted) {
+    let line = drawn.get(row.id);
     if (!line) {
-      line = newLine();
-      drawn.set(row.number, line);
+      line = free.pop();
+      if (!line) {
+        line = newLine();
+        body.append(line.tr);
+      }
+      drawn.set(row.id, line);
+      orderLater();
     }
-    fill(line, row, at);
-    if (line.tr === next) next = next.nextSibling;
-    else body.insertBefore(line.tr, next);
+    fill(line, row);
   }
-  byId("above").style.height = `${start * ROW}px`;
-  byId("below").style.height = `${(page.shown.length - end) * ROW}px`;
+  for (const line of free) line.tr.remove();
+  if (page.plots <= 0) soon(draw);
+}
+
+/** Brings the lines of the document into the order that is seen, for the Tab key and for screen readers, without moving the focused. */
+function order() {
+  clearTimeout(page.order);
+  page.order = null;
+  const lines = [...drawn.values()].sort((a, b) => a.at - b.at);
+  if (!lines.length) return;
+  const pivot = Math.max(0, lines.findIndex((line) => line.tr.contains(document.activeElement)));
+  for (let at = pivot - 1; at >= 0; at -= 1) {
+    const next = lines[at + 1].tr;
+    if (next.previousSibling !== lines[at].tr) next.before(lines[at].tr);
+  }
+  for (let at = pivot + 1; at < lines.length; at += 1) {
+    const before = lines[at - 1].tr;
+    if (before.nextSibling !== lines[at].tr) before.after(lines[at].tr);
+  }
+}
+
+/** Not while rows are scrolled. */
+function orderLater() {
+  clearTimeout(page.order);
+  page.order = setTimeout(order, REST);
+}
+
+/** Moves the focus to a row, and scrolls only where it is not in view as a whole, below the head of the table. */
+function focusRow(row) {
+  const top = byId("rows").getBoundingClientRect().top + row.at * ROW;
+  const head = byId("table").tHead.offsetHeight;
+  if (top < head) scrollBy(0, top - head);
+  else if (top + ROW > innerHeight) scrollBy(0, top + ROW - innerHeight);
+  draw();
+  drawn.get(row.id).link.focus({ preventScroll: true });
 }
 
 function newLine() {
-  const link = element("a", {});
-  const second = element("span", { class: "two dim" });
-  const state = element("span", {}), stateText = element("span", {});
-  state.append(stateText);
-  const from = element("span", { class: "two" }), to = element("span", { class: "two" });
+  const text = () => document.createTextNode("");
+  const id = text(), second = text(), state = text(), from = text(), to = text(), rate = text(), lag = text(), age = text(), leader = text();
+  const link = element("a", {}, id), under = element("span", { class: "dim" }, second);
   const plot = () => {
     const area = shape("path", { class: "area" }), curve = shape("path", { class: "curve" });
     return { area, curve, svg: shape("svg", { viewBox: `0 0 ${LINE - 1} 20`, preserveAspectRatio: "none", "aria-hidden": "true" }, area, curve) };
   };
   const ratePlot = plot(), lagPlot = plot();
-  const rate = element("td", { class: "n" }), leader = element("td", {});
-  const lag = element("span", {}), age = element("span", { class: "age" });
-  const tr = element("tr", {},
-    element("th", { scope: "row" }, element("span", { class: "two" }, link), second), element("td", {}, state),
-    element("td", {}, from, to), element("td", { class: "plot" }, ratePlot.svg), rate,
-    element("td", { class: "plot" }, lagPlot.svg), element("td", { class: "n" }, lag, age), leader);
-  return { tr, link, second, state, stateText, from, to, ratePlot, lagPlot, rate, lag, age, leader, version: -1, at: -1, lines: -1, open: null };
+  const cell = (name, ...children) => element("td", { class: name, role: "cell" }, ...children);
+  const dot = element("span", {}, element("span", {}, state)), leaderCell = cell("c-leader", leader);
+  const tr = element("tr", { role: "row" },
+    element("th", { scope: "row", role: "rowheader" }, link, element("br"), under), cell("", dot), cell("c-route", from, element("br"), to),
+    cell("c-line", ratePlot.svg), cell("n", rate), cell("c-line", lagPlot.svg), cell("n", lag, element("span", { class: "age" }, age)), leaderCell);
+  return { tr, link, id, second, under, dot, state, from, to, ratePlot, lagPlot, rate, lag, age, leader, leaderCell, row: null, version: -1, at: -1, lines: -1, open: null };
 }
 
-function fill(line, row, at) {
-  if (line.at !== at) {
-    line.at = at;
-    line.tr.setAttribute("aria-rowindex", String(at + 2));
+function put(node, text) {
+  if (node.data !== text) node.data = text;
+}
+
+function fill(line, row) {
+  if (line.at !== row.at) {
+    line.at = row.at;
+    line.tr.style.transform = `translateY(${row.at * ROW}px)`;
+    line.tr.setAttribute("aria-rowindex", String(row.at + 2));
   }
-  const open = view.open === row.id;
+  const open = view.open === row.id, fresh = line.row !== row;
   if (line.open !== open) {
     line.open = open;
     line.tr.classList.toggle("open", open);
@@ -269,26 +346,30 @@ function fill(line, row, at) {
     line.version = row.version;
     if (line.row !== row) {
       line.row = row;
-      line.tr.title = row.error || "";
-      setText(line.link, row.id);
+      const set = (node, name, value) => { if (node[name] !== value) node[name] = value; };
+      set(line.tr, "title", row.error || "");
+      put(line.id, row.id);
       line.link.href = `#/replication/${encodeURIComponent(row.id)}`;
-      setText(line.second, row.todo ? `do: ${row.todo}` : row.drift ? `drift: ${row.drift}` : `${row.kind}, ${streams(row)}`);
-      line.second.className = row.drift && !row.todo ? "two drift" : "two dim";
-      line.state.className = `s ${row.state}`;
-      setText(line.stateText, row.state);
-      setText(line.from, row.from || "?");
-      setText(line.to, row.to ? `→ ${row.to}` : "");
-      setText(line.leader, row.leader || "none");
-      line.leader.title = row.leader || "";
+      put(line.second, row.todo ? `do: ${row.todo}` : row.drift ? `drift: ${row.drift}` : `${row.kind}, ${streams(row)}`);
+      set(line.under, "className", row.drift && !row.todo ? "drift" : "dim");
+      set(line.dot, "className", `s ${row.state}`);
+      put(line.state, row.state);
+      put(line.from, row.from || "?");
+      put(line.to, row.to ? `→ ${row.to}` : "");
+      put(line.leader, row.leader || "none");
+      set(line.leaderCell, "title", row.leader || "");
       line.lines = -1;
     }
-    setText(line.rate, count(row.rate));
-    setText(line.lag, count(row.lag));
-    setText(line.age, row.lagSeconds ? ` · ${duration(row.lagSeconds)}` : "");
+    put(line.rate, count(row.rate));
+    put(line.lag, count(row.lag));
+    put(line.age, row.lagSeconds ? ` · ${duration(row.lagSeconds)}` : "");
   }
-  line.tr.classList.toggle("news", Boolean(row.news));
+  const news = Boolean(row.news);
+  if (news || line.news) line.tr.classList.toggle("news", news);
+  line.news = news;
   row.news = false;
-  if (line.lines !== page.lines) {
+  if (line.lines !== page.lines && (fresh || page.plots > 0)) {
+    page.plots -= 1;
     line.lines = page.lines;
     for (const [plot, values] of [[line.ratePlot, row.line], [line.lagPlot, row.lagLine]]) {
       plotLine(plot.curve, plot.area, values, LINE, Math.max(1, ...values.map((value) => value ?? 0)), 20);
@@ -326,7 +407,7 @@ function lengthenLines() {
     }
   }
   page.lines += 1;
-  draw();
+  soon(draw);
 }
 
 // ---- above the table
@@ -391,6 +472,8 @@ function pairs() {
 const pairRate = (pair) => (pair.unknown === pair.number ? "?" : count(pair.rate));
 
 function showTopology() {
+  // It is drawn when it is seen again.
+  if (!page.sees) return;
   const all = pairs();
   const narrow = byId("topology").clientWidth < 640;
   const key = JSON.stringify([narrow, byId("topology").clientWidth, all]);
@@ -410,168 +493,12 @@ function showTopology() {
   box.replaceChildren(picture(layout(all, narrow ? 3 : 8), narrow, box.clientWidth));
 }
 
-/** Places of all sides, each behind those that fill it; more than `most` of one column are one. */
-function layout(all, most) {
-  const next = new Map(), depth = new Map();
-  for (const { from, to } of all) {
-    for (const name of [from, to]) if (!next.has(name)) next.set(name, new Set());
-    if (from !== to) next.get(from).add(to);
-  }
-  // Without the edges that lead back: depth first, then the longest way.
-  const order = [], state = new Map(), forward = new Map();
-  for (const root of next.keys()) {
-    if (state.has(root)) continue;
-    const stack = [[root, [...next.get(root)]]];
-    state.set(root, 1);
-    forward.set(root, []);
-    while (stack.length) {
-      const [name, rest] = stack[stack.length - 1];
-      const to = rest.pop();
-      if (to === undefined) {
-        state.set(name, 2);
-        order.push(name);
-        stack.pop();
-      } else if (state.get(to) !== 1) {
-        forward.get(name).push(to);
-        if (!state.has(to)) {
-          state.set(to, 1);
-          forward.set(to, []);
-          stack.push([to, [...next.get(to)]]);
-        }
-      }
-    }
-  }
-  for (const name of order) depth.set(name, 0);
-  for (const name of order.reverse()) for (const to of forward.get(name)) depth.set(to, Math.max(depth.get(to), depth.get(name) + 1));
-  const weight = new Map();
-  for (const pair of all) {
-    const value = (pair.worst === "running" ? 0 : 1e12) + pair.rate + pair.number / 1e3;
-    for (const name of [pair.from, pair.to]) weight.set(name, Math.max(weight.get(name) || 0, value));
-  }
-  const columns = [];
-  for (const [name, at] of depth) (columns[at] ||= []).push(name);
-  const shownAs = new Map(), nodes = [];
-  columns.forEach((names, column) => {
-    names.sort();
-    const kept = names.length > most ? [...names].sort((a, b) => weight.get(b) - weight.get(a)).slice(0, most - 1) : names;
-    const keep = new Set(kept);
-    names.filter((name) => keep.has(name)).forEach((name, row) => {
-      const node = { name, column, row, number: 0, bad: false };
-      shownAs.set(name, node);
-      nodes.push(node);
-    });
-    if (names.length > kept.length) {
-      const node = { name: `${names.length - kept.length} more`, column, row: kept.length, number: 0, bad: false, several: true };
-      names.filter((name) => !keep.has(name)).forEach((name) => shownAs.set(name, node));
-      nodes.push(node);
-    }
-  });
-  const edges = new Map();
-  for (const pair of all) {
-    const from = shownAs.get(pair.from), to = shownAs.get(pair.to);
-    const key = `${nodes.indexOf(from)} ${nodes.indexOf(to)}`;
-    const edge = edges.get(key);
-    if (!edge) edges.set(key, { ...pair, from, to });
-    else {
-      for (const field of ["number", "rate", "unknown", "lag"]) edge[field] += pair[field];
-      if (severity(pair.worst) < severity(edge.worst)) edge.worst = pair.worst;
-    }
-    from.number += pair.number;
-    if (to !== from) to.number += pair.number;
-    if (severity(pair.worst) < 2) from.bad = to.bad = true;
-  }
-  const longest = Math.max(...columns.map((names) => Math.min(names.length, most)));
-  return { nodes, edges: [...edges.values()], columns: columns.length, longest };
-}
-
-function cut(text, most) {
-  return text.length > most ? `${text.slice(0, most - 1)}…` : text;
-}
-
-function picture({ nodes, edges, columns, longest }, narrow, width) {
-  // Sideways on a wide screen, downwards on a narrow one.
-  const high = 46;
-  const wide = narrow
-    ? Math.min(200, Math.floor((width - 10 - 10 * (longest - 1)) / longest))
-    : Math.min(230, Math.max(120, Math.floor((width - 20) / columns - 70)));
-  const sizes = [];
-  for (const node of nodes) sizes[node.column] = Math.max(sizes[node.column] || 0, node.row + 1);
-  const height = narrow ? columns * (high + 70) - 70 + 20 : longest * (high + 18) + 22;
-  for (const node of nodes) {
-    if (narrow) {
-      node.x = (width - sizes[node.column] * (wide + 10) + 10) / 2 + node.row * (wide + 10);
-      node.y = 10 + node.column * (high + 70);
-    } else {
-      const step = columns > 1 ? (width - wide - 20) / (columns - 1) : 0;
-      node.x = 10 + node.column * step;
-      node.y = 10 + ((longest - sizes[node.column]) * (high + 18)) / 2 + node.row * (high + 18);
-    }
-  }
-  const drawing = shape("svg", { viewBox: `0 0 ${width} ${height}`, role: "group", "aria-labelledby": "topology-title", class: narrow ? "narrow" : "" });
-  const labels = [];
-  const degree = (node) => edges.filter((edge) => edge.from === node || edge.to === node).length;
-  for (const edge of edges) {
-    const { from, to } = edge;
-    const back = to.column <= from.column;
-    const thick = Math.min(5, 1.2 + Math.log10(1 + edge.rate) * 0.7);
-    // Start, end, and how far the line leaves both; a line that leads back is beside the one that leads there.
-    let ends, leave, tip;
-    if (from === to) {
-      const x = from.x + wide / 2, y = from.y + high;
-      ends = [x - 30, y, x + 30, y + 7];
-      leave = [0, 24];
-      tip = [-5, 7, 0, 0, 5, 7];
-    } else if (narrow) {
-      const x1 = from.x + wide / 2, x2 = to.x + wide / 2;
-      ends = back ? [x1 + 20, from.y, x2 + 20, to.y + high + 7] : [x1 - 14, from.y + high, x2 - 14, to.y - 7];
-      leave = [0, back ? -34 : 34];
-      tip = back ? [-5, 0, 0, -7, 5, 0] : [-5, 0, 0, 7, 5, 0];
-    } else {
-      const y1 = from.y + high / 2, y2 = to.y + high / 2;
-      ends = back ? [from.x, y1 + 10, to.x + wide + 7, y2 + 10] : [from.x + wide, y1 - 6, to.x - 7, y2 - 6];
-      leave = [(ends[2] - ends[0]) / 2, 0];
-      tip = back ? [0, -5, -7, 0, 0, 5] : [0, -5, 7, 0, 0, 5];
-    }
-    const [x1, y1, x2, y2] = ends, [lx, ly] = leave;
-    const turn = from === to ? -1 : 1;
-    const points = [[x1, y1], [x1 + lx, y1 + ly], [x2 - lx, y2 - turn * ly], [x2, y2]];
-    const path = `M${points[0]}C${points.slice(1).join(" ")}`;
-    const head = from === to ? `M${x2 - 5} ${y2}L${x2} ${y2 - 7}L${x2 + 5} ${y2}z`
-      : `M${x2 + tip[0]} ${y2 + tip[1]}L${x2 + tip[2]} ${y2 + tip[3]}L${x2 + tip[4]} ${y2 + tip[5]}z`;
-    // The label is near the end that fewer lines share.
-    const at = back ? 0.5 : degree(to) >= degree(from) ? 0.25 : 0.75;
-    const weights = [(1 - at) ** 3, 3 * at * (1 - at) ** 2, 3 * at * at * (1 - at), at ** 3];
-    const along = (axis) => points.reduce((sum, point, index) => sum + weights[index] * point[axis], 0);
-    const middle = [along(0), along(1) + (back && !narrow ? 15 : narrow ? 4 : -6)];
-    const words = `${pairRate(edge)}/s${edge.number > 1 ? ` · ${edge.number}` : ""}`;
-    const title = `${edge.number} from ${from.name} to ${to.name}: ${pairRate(edge)} messages/s, lag ${count(edge.lag)}, worst ${edge.worst}`;
-    drawing.append(shape("g", { class: edge.worst, role: "img", "aria-label": title },
-      shape("title", {}, title), shape("path", { d: path, "stroke-width": thick.toFixed(1) }), shape("path", { d: head, class: "tip" })));
-    labels.push(shape("text", { x: middle[0], y: middle[1], class: "label" }, words));
-  }
-  for (const node of nodes) {
-    const room = Math.floor((wide - 16) / (narrow ? 6 : 6.6));
-    const box = shape("g", {}, shape("title", {}, node.name),
-      shape("rect", { x: node.x, y: node.y, width: wide, height: high, rx: 7 }),
-      shape("text", { x: node.x + 8, y: node.y + 19 }, cut(node.name, room)),
-      shape("text", { x: node.x + 8, y: node.y + 36, class: "dim" }, node.number === 1 ? "1 replication" : `${node.number} replications`));
-    if (node.several) box.setAttribute("class", node.bad ? "node bad" : "node");
-    else {
-      const link = shape("a", { href: hash({ filter: node.name.split(/\s/)[0] }), class: node.bad ? "node bad" : "node" }, box);
-      link.setAttribute("aria-label", `Show the replications of ${node.name}`);
-      drawing.append(link);
-      continue;
-    }
-    drawing.append(box);
-  }
-  drawing.append(...labels);
-  return drawing;
-}
-
 // ---- below the table
 
-function showEvents(added, all) {
+function showEvents() {
   const list = byId("events");
+  const added = page.events.filter((event) => event.number > page.lastEvent), all = page.lastEvent === 0;
+  page.lastEvent = page.events.length ? page.events[page.events.length - 1].number : 0;
   const item = (event) => {
     const known = page.byName.has(event.replication);
     const subject = known
@@ -581,7 +508,7 @@ function showEvents(added, all) {
     const time = element("time", { title: event.time }, Number.isNaN(when.getTime()) ? event.time : shortTime(when));
     return element("li", {}, time, element("b", {}, event.kind), subject, element("span", {}, event.text));
   };
-  if (all) list.replaceChildren(...page.events.map(item).reverse());
+  if (all) list.replaceChildren(...added.map(item).reverse());
   else list.prepend(...added.map(item).reverse());
   while (list.children.length > MOST_EVENTS) list.lastChild.remove();
   byId("no-events").hidden = list.children.length > 0;
@@ -790,7 +717,7 @@ function start() {
   const close = () => {
     const id = view.open;
     go({});
-    const line = [...drawn.values()].find((one) => one.row && one.row.id === id);
+    const line = drawn.get(id);
     if (line) line.link.focus();
   };
   byId("drifted").addEventListener("click", () => go({ filter: view.filter === "has:drift" ? "" : "has:drift" }));
@@ -801,6 +728,7 @@ function start() {
     byId("replications").scrollIntoView();
   });
   document.addEventListener("keydown", (event) => {
+    if (page.order) order();
     if (event.ctrlKey || event.metaKey || event.altKey) return;
     const typing = ["INPUT", "SELECT"].includes(event.target.tagName);
     if (event.key === "/" && !typing) {
@@ -809,12 +737,11 @@ function start() {
     } else if (event.key === "Escape" && view.open !== null) {
       close();
     } else if (["ArrowDown", "ArrowUp"].includes(event.key) && byId("rows").contains(event.target)) {
-      const tr = event.target.closest("tr");
-      const next = event.key === "ArrowDown" ? tr.nextElementSibling : tr.previousElementSibling;
-      if (!next) return;
+      const line = [...drawn.values()].find((one) => one.tr.contains(event.target));
+      const row = page.shown[line.at + (event.key === "ArrowDown" ? 1 : -1)];
+      if (!row) return;
       event.preventDefault();
-      next.querySelector("a").focus({ preventScroll: true });
-      next.scrollIntoView({ block: "nearest" });
+      focusRow(row);
     }
   });
   let waits = false;
@@ -823,8 +750,9 @@ function start() {
     waits = true;
     requestAnimationFrame(() => { waits = false; draw(); });
   };
-  addEventListener("scroll", later, { passive: true });
+  addEventListener("scroll", () => { page.scrolled = performance.now(); later(); }, { passive: true });
   addEventListener("resize", () => { later(); showTopology(); });
+  new IntersectionObserver((seen) => { page.sees = seen[seen.length - 1].isIntersecting; soon(showTopology); }).observe(byId("topology").parentElement);
   addEventListener("hashchange", follow);
   setInterval(lengthenLines, 10000);
   setInterval(loadDetail, 5000);

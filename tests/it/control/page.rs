@@ -144,6 +144,7 @@ async fn no_answer_can_be_taken_for_something_else() -> Result<()> {
         ("/", "text/html; charset=utf-8"),
         ("/page.css", "text/css; charset=utf-8"),
         ("/page.js", "text/javascript; charset=utf-8"),
+        ("/topology.js", "text/javascript; charset=utf-8"),
         ("/icon.svg", "image/svg+xml"),
         ("/metrics", "text/plain"),
         ("/livez", "text/plain"),
@@ -194,8 +195,17 @@ async fn a_login_is_needed_for_all_but_the_health() -> Result<()> {
         format!("Authorization: Basic {}\r\n", BASE64_STANDARD.encode(format!("{user}:{password}")))
     };
     let good = header("ops", "s3cret-word");
-    for path in ["/", "/page.js", "/page.css", "/icon.svg", "/metrics", "/choria/prometheus", "/replication/X", "/live"]
-    {
+    for path in [
+        "/",
+        "/page.js",
+        "/topology.js",
+        "/page.css",
+        "/icon.svg",
+        "/metrics",
+        "/choria/prometheus",
+        "/replication/X",
+        "/live",
+    ] {
         for wrong in [String::new(), header("ops", "s3cret"), header("root", "s3cret-word"), header("ops", "")] {
             let (code, head, body) = get(&address, path, &wrong).await?;
             assert_eq!(code, 401, "{path} {wrong}");
@@ -403,11 +413,18 @@ async fn a_browser_shows_a_drift_until_it_is_fixed() -> Result<()> {
         .await?;
     browser.value("location.hash = '#/replication/ORDERS'").await?;
     browser.until("!document.getElementById('drift-table').hidden").await?;
-    // The same words as those of the request, and of `report`.
+    // The same words as those of the request, and of `report`; durations as the command line has them.
     let report = request(&site.client, "replicator.drift", json!({"replication": "ORDERS"})).await?;
     let fields = report["replications"][0]["fields"].as_array().context("fields")?;
     let found: Vec<_> = fields.iter().filter(|field| field["class"] != "expected").collect();
-    let text = |value: &Value| value.as_str().map_or_else(|| value.to_string().replace("null", "-"), str::to_owned);
+    let text = |value: &Value| match value {
+        Value::String(text) => text.clone(),
+        value => match value.as_u64() {
+            Some(0) => "unlimited".to_owned(),
+            Some(3_600_000_000_000) => "1h0m0s".to_owned(),
+            _ => value.to_string().replace("null", "-"),
+        },
+    };
     let words = |field: &&Value| {
         let names = ["field", "source", "target", "wanted", "class", "reason"];
         names.map(|name| text(&field[name]))
@@ -564,6 +581,59 @@ async fn the_page_works_by_keyboard_address_and_filter() -> Result<()> {
     Ok(())
 }
 
+/// Rows of the document are in the order that is seen.
+pub const IN_ORDER: &str = "[...document.querySelectorAll('#rows tr')].map(tr => Number(tr.ariaRowIndex))\
+                            .every((at, index, all) => index === 0 || at > all[index - 1])";
+
+#[tokio::test]
+async fn scrolled_rows_keep_their_order_and_the_focus() -> Result<()> {
+    let Some(mut browser) = Browser::start().await? else { return Ok(()) };
+    let site = site().await?;
+    let address = site.service.monitor().await?;
+    for number in 0..150 {
+        site.put(&format!("R{number:03}"), "{}").await?;
+    }
+    browser.look(1440, 900, "light").await?;
+    browser.open(&format!("http://{address}/#sort=id")).await?;
+    browser.until("page.shown.length === 150 && document.querySelector('#rows a')?.textContent === 'R000'").await?;
+    browser.value("document.querySelector('#rows a').focus()").await?;
+    // Down in steps, each of which uses rows again, and to the end.
+    for step in 1..=20 {
+        browser
+            .value(&format!("new Promise(done => {{ scrollTo(0, {step} * 370); requestAnimationFrame(done) }})"))
+            .await?;
+    }
+    browser.value("document.getElementById('events').scrollIntoView({block: 'end'})").await?;
+    let ids = "[...document.querySelectorAll('#rows a')].map(a => a.textContent)";
+    browser.until(&format!("{ids}.includes('R149')")).await?;
+    browser.until(IN_ORDER).await?;
+    let rows = browser.value("document.querySelectorAll('#rows tr').length").await?;
+    ensure!(rows.as_u64().is_some_and(|rows| rows < 60), "{rows} rows are in the document");
+    // Each row is where its place in the list is, with the words of its replication.
+    let wrong = "[...document.querySelectorAll('#rows tr')].filter(tr => { const row = page.shown[tr.ariaRowIndex - 2];\
+                 const top = tr.getBoundingClientRect().top - document.getElementById('rows').getBoundingClientRect().top;\
+                 return tr.querySelector('a').textContent !== row.id || Math.abs(top - 48 * row.at) > 1 }).length";
+    assert_eq!(browser.value(wrong).await?, 0);
+    assert_eq!(browser.value("document.activeElement.textContent").await?, "R000");
+    browser.press("ArrowDown").await?;
+    assert_eq!(browser.value("document.activeElement.textContent").await?, "R001");
+    let seen = "(() => { const row = document.activeElement.closest('tr').getBoundingClientRect();\
+                return row.top >= document.getElementById('table').tHead.getBoundingClientRect().bottom - 1\
+                && row.bottom <= innerHeight + 1 })()";
+    assert_eq!(browser.value(seen).await?, true, "the focused row is not in view");
+    Ok(())
+}
+
+/// Words of the picture that lie on a box, on other words or on more than one line.
+const HIDDEN_WORDS: &str = "(() => { const svg = document.querySelector('#topology svg');\
+    const box = shape => shape.getBBox(), labels = [...svg.querySelectorAll('.label')].map(box);\
+    const boxes = [...svg.querySelectorAll('rect')].map(box), lines = [...svg.querySelectorAll('path:not(.tip)')];\
+    const over = (a, b) => a.x < b.x + b.width && b.x < a.x + a.width && a.y < b.y + b.height && b.y < a.y + a.height;\
+    const on = (label, line) => Array.from({length: 200}, (_, at) => line.getPointAtLength(line.getTotalLength() * at / 199))\
+        .some(({x, y}) => x > label.x && x < label.x + label.width && y > label.y && y < label.y + label.height);\
+    return labels.filter((label, at) => boxes.some(other => over(label, other)) || lines.filter(line => on(label, line)).length > 1\
+        || labels.some((other, index) => index !== at && over(label, other))).length; })()";
+
 /// Kept below `target/tmp/status-page`, for review.
 #[tokio::test]
 async fn pictures_of_the_page_are_kept() -> Result<()> {
@@ -598,6 +668,7 @@ async fn pictures_of_the_page_are_kept() -> Result<()> {
             browser.until("document.getElementById('detail').hidden").await?;
             let over = browser.value("document.documentElement.scrollWidth - innerWidth").await?;
             assert!(over.as_i64() <= Some(0), "{over} pixels are cut off at {width}");
+            assert_eq!(browser.value(HIDDEN_WORDS).await?, 0, "words of the topology are hidden at {width}");
             browser.picture(&format!("list-{width}-{colours}")).await?;
             browser.value("location.hash = '#/replication/SLOW'").await?;
             browser.until("document.querySelectorAll('.chart svg').length === 2").await?;
