@@ -4,16 +4,14 @@
 mod message;
 mod refused;
 mod resume;
+mod room;
 mod sampling;
+mod states;
 mod status;
 
 use std::{future::poll_fn, task::Poll};
 
-use nats_lane::{
-    Batch, Lane, Turn, entropy,
-    jetstream::{Api, StreamInfo, answer_in, leaders_info},
-    leafnode::Leaf,
-};
+use nats_lane::{Batch, Lane, Turn, entropy, jetstream::StreamInfo, leafnode::Leaf};
 use tokio::{
     sync::watch,
     time::{Duration, Instant, sleep_until, timeout},
@@ -24,7 +22,9 @@ use tracing::{debug, info, warn};
 use self::{
     message::{count, skipped, splits_at_last},
     refused::{Judging, RefusalVerdict, Refusals},
+    room::MirrorRoom,
     sampling::{note, replays, sampled_out},
+    states::{FeedStates, FullTarget},
 };
 use super::{
     FeedSubjects,
@@ -33,7 +33,6 @@ use super::{
     open::OpenedFeed,
     request::{self, ConsumerRequest, Unserved},
     session::{FedPoint, FeedSession, poke},
-    target::{self, Fit},
     window::{Amount, FeedWindow},
 };
 use crate::{
@@ -42,7 +41,7 @@ use crate::{
         Error, ErrorKind, ErrorSide, Job, LoginWatch, PositionWriter, ReturnedMessages,
         sampling_driver::SamplingDriver,
         source::{
-            clock::{ClockReading, SourceClock},
+            clock::SourceClock,
             consumers::Names,
             durable::{Durable, Owner},
             intake::Intake,
@@ -99,15 +98,13 @@ struct FeedTimes {
     poke: Instant,
     /// Since when the target has no consumer, or does not listen to it.
     waits: Instant,
-    /// When the target last confirmed stored messages, or had none to store.
+    /// When the target last processed messages, or had none to process.
     stored: Instant,
-    /// When it was asked for its state.
-    asked: Instant,
 }
 
 impl FeedTimes {
     fn new(now: Instant) -> Self {
-        Self { tick: now, heartbeat: now, info: now + INFO_EVERY, poke: now, waits: now, stored: now, asked: now }
+        Self { tick: now, heartbeat: now, info: now + INFO_EVERY, poke: now, waits: now, stored: now }
     }
 }
 
@@ -152,6 +149,9 @@ struct Served {
     read: FedPoint,
     /// The reader is one of the stream that the target was compared with: the source said so after it was opened.
     is_of_compared: bool,
+    /// What the target has processed counts as stored only once it is seen to hold it: the source removes what is acknowledged. Others
+    /// keep it, and a target with sources asks again for what it lacks.
+    is_proven: bool,
     sampler: Option<SamplingDriver>,
 }
 
@@ -183,12 +183,13 @@ pub(super) struct Feed<'a> {
     /// Message ids are renamed.
     renames_ids: bool,
     refusals: Refusals,
-    /// When the target last answered flow control.
-    settled_at: Instant,
+    /// The target is full: it is given nothing until it has room.
+    full: Option<FullTarget>,
+    /// What a mirror may be given that refuses new messages at a limit.
+    mirror_room: Option<MirrorRoom>,
     /// Generation of the position record, for dead letters.
     generation: u64,
-    /// Requests for the state of the streams that are not answered: source and when it was asked, target.
-    asked: (Option<(String, Instant)>, Option<String>),
+    states: FeedStates,
     /// Everything up to here is stored at the target.
     position: FedPoint,
     /// The position is one of this source: the target was compared with it.
@@ -243,9 +244,10 @@ impl<'a> Feed<'a> {
             splits_at_last,
             renames_ids,
             refusals: Refusals::of(job.skip, why),
-            settled_at: now,
+            full: None,
+            mirror_room: None,
             generation: 0,
-            asked: (None, None),
+            states: FeedStates::new(now),
             position,
             compared: false,
             copy,
@@ -302,6 +304,7 @@ impl<'a> Feed<'a> {
                 self.begin(asked, over, positions).await?;
             }
             self.deliver(now)?;
+            self.ask_target_where_due(now);
             self.acknowledge();
             self.sample(now, positions.reads_after());
             if now >= self.times.tick {
@@ -310,8 +313,7 @@ impl<'a> Feed<'a> {
                     return Ok(FeedEnd::LogsInAgain);
                 }
             }
-            let reads = self.session.as_mut().is_none_or(|served| served.reader.may_read(&self.job.budget));
-            let wakes = self.wakes();
+            let (reads, wakes) = (self.may_read(), self.wakes(now));
             let asked = tokio::select! {
                 biased;
                 saved = poll_fn(|cx| positions.poll(cx)) => {
@@ -372,8 +374,16 @@ impl<'a> Feed<'a> {
         if self.kind == NativeKind::Source && replicated { NEWEST_AFTER } else { Duration::ZERO }
     }
 
-    fn wakes(&self) -> Instant {
-        self.request.as_ref().map_or(self.times.tick, |(.., at)| self.times.tick.min(*at))
+    /// Whether the source's lane is to be read: also beyond the bound of the reader, where nothing is delivered before an answer.
+    fn may_read(&mut self) -> bool {
+        let awaits_letter = self.refusals.awaits_letter();
+        let Some(served) = &mut self.session else { return true };
+        !served.is_of_compared || awaits_letter || served.reader.may_read(&self.job.budget)
+    }
+
+    fn wakes(&self, now: Instant) -> Instant {
+        let serves = self.request.as_ref().map(|(.., at)| *at);
+        serves.into_iter().chain(self.asks_target_at(now)).fold(self.times.tick, Instant::min)
     }
 
     /// Handles messages of a leafnode connection; returns the newest request for a consumer, which is still to be served.
@@ -426,8 +436,17 @@ impl<'a> Feed<'a> {
     fn settle(&mut self, subject: &[u8], header: &[u8]) {
         let Some(served) = &mut self.session else { return };
         let now = Instant::now();
-        let Some((amount, last)) = served.session.answered(subject, header, now) else { return };
-        (self.times.stored, self.settled_at) = (now, now);
+        let Some(processed) = served.session.answered(subject, header, now) else { return };
+        self.times.stored = now;
+        if !served.is_proven
+            && let Some((amount, last)) = served.session.holds(processed.seq)
+        {
+            self.stored(amount, last);
+        }
+    }
+
+    /// The target holds so much more, up to this message.
+    fn stored(&mut self, amount: Amount, last: FedPoint) {
         self.position = last;
         self.copy.counters.copied += amount.messages;
         self.copy.counters.copied_bytes += amount.bytes;
@@ -469,10 +488,12 @@ impl<'a> Feed<'a> {
     ) -> Result<(), Error> {
         let Some(asked) = self.located(asked).await? else { return Ok(()) };
         self.end_session();
-        if let Err(error) = self.count_refusal(&asked) {
+        if let Err(error) = self.count_refusal(&asked).await {
             return Err(self.refuse(&asked.reply, over, error).await);
         }
         let opened = async {
+            // What it has stored since it was asked takes room too.
+            self.read_target().await?;
             let replication = self.scoped(&asked)?;
             let before = self.before(&asked, &SavedFeed::of(positions)).await?;
             let (sampler, from) = self.begin_sampling(before, positions).await?;
@@ -505,7 +526,9 @@ impl<'a> Feed<'a> {
         (self.times.waits, self.times.stored, self.times.heartbeat) = (now, now, now + HEARTBEAT);
         (self.position, self.compared) = (before, true);
         self.given = self.given.max(Some(before.seq));
-        self.session = Some(Served { session, leaf: over, reader, read: before, is_of_compared: false, sampler });
+        let is_proven = self.kind == NativeKind::Mirror || Durable::is_needed(&self.source_info);
+        let is_of_compared = false;
+        self.session = Some(Served { session, leaf: over, reader, read: before, is_of_compared, is_proven, sampler });
         self.copy.metered.consumers += 1;
         // Asked without waiting: a durable consumer delivers already.
         self.ask_states(now);
@@ -551,23 +574,6 @@ impl<'a> Feed<'a> {
         Intake::open(lane, replication, owner, info, durable, &mut self.names, after).await.map_err(of_source)
     }
 
-    async fn read_source(&mut self) -> Result<(), Error> {
-        let stream = &self.job.replication.source.stream;
-        let sent = Instant::now();
-        let info = Api::new(&mut self.source).stream_info(stream).await.map_err(Error::of_source)?;
-        let info = info.ok_or_else(|| held(format!("source stream `{stream}` does not exist")))?;
-        self.source_is(info, sent);
-        Ok(())
-    }
-
-    /// Takes over an answer of the source about its stream.
-    fn source_is(&mut self, info: StreamInfo, sent: Instant) {
-        let received = Instant::now();
-        self.clock.hear(&ClockReading { sent, received, server: info.ts, local: entropy::now() });
-        self.polls.add(received, info.state.clone());
-        self.source_info = info;
-    }
-
     /// Reports messages that the source removed before they were mirrored.
     fn report_gap(&mut self, last: u64) {
         let first = self.source_info.state.first_seq;
@@ -593,21 +599,32 @@ impl<'a> Feed<'a> {
     fn deliver(&mut self, now: Instant) -> Result<(), Error> {
         // Before the messages that were read, as in a copy.
         self.returned.update();
-        let oldest = self.oldest_fed(now);
-        let Some(Served { session, leaf, reader, read, is_of_compared, sampler }) = &mut self.session else {
-            return Ok(());
-        };
+        let Some(Served { session, leaf, reader, is_of_compared, .. }) = &mut self.session else { return Ok(()) };
         let leaf = self.leaves.leaf(*leaf);
         reader.pull(&mut self.source, &self.job.budget, leaf.unwritten() < UNWRITTEN);
         let Some(subject) = session.subject().filter(|_| *is_of_compared).map(str::to_owned) else { return Ok(()) };
-        let subject = subject.as_bytes();
-        if session.is_settled() {
+        if session.is_processed() {
             self.times.stored = now;
         }
+        if self.full.is_none()
+            && let Some(bytes) = self.give(subject.as_bytes(), now)?
+        {
+            self.lacks_room_for(bytes);
+        }
+        Ok(())
+    }
+
+    /// Gives what was read to a target that listens on a subject; the bytes of the message that a mirror has no room for, if it holds
+    /// everything before it.
+    fn give(&mut self, subject: &[u8], now: Instant) -> Result<Option<usize>, Error> {
+        let oldest = self.oldest_fed(now);
+        let Some(Served { session, leaf, reader, read, sampler, .. }) = &mut self.session else { return Ok(None) };
+        let leaf = self.leaves.leaf(*leaf);
         let (mapping, scope) = (&self.job.replication.mapping, &self.job.replication.scope);
         let (job, events, splits_at_last, generation) = (self.job, self.events, self.splits_at_last, self.generation);
-        let judging = Judging { job, events, target: &self.target_info, splits_at_last, generation, now };
-        let mut waits = false;
+        let (target, as_of) = (&self.target_info, self.states.as_of());
+        let judging = Judging { job, events, target, as_of, splits_at_last, generation, now };
+        let (mut waits, mut lacks) = (false, None);
         while !session.is_full() && leaf.unwritten() < UNWRITTEN {
             let Some(incoming) = reader.peek() else { break };
             let (delivery, message, size) = (incoming.delivery, incoming.message, incoming.size());
@@ -627,6 +644,11 @@ impl<'a> Feed<'a> {
                 break;
             }
             let skipped = verdict.skipped();
+            let bytes = incoming.bytes();
+            if skipped.is_none() && self.mirror_room.as_mut().is_some_and(|room| !room.take(bytes)) {
+                (waits, lacks) = (true, session.is_settled().then_some(bytes));
+                break;
+            }
             *read = FedPoint { seq: delivery.stream_seq, time_ns: Some(delivery.time_ns) };
             count(&mut self.copy, size, skipped);
             note(sampler.as_mut(), &incoming, skipped, &mut self.copy);
@@ -648,93 +670,16 @@ impl<'a> Feed<'a> {
             send_flow_control(session, leaf, subject, true, now);
         }
         reader.pull(&mut self.source, &self.job.budget, leaf.unwritten() < UNWRITTEN);
-        Ok(())
+        Ok(lacks)
     }
 
     fn hear_source(&mut self, batch: Batch) -> Result<(), Error> {
-        let answer = self.asked.0.as_ref().and_then(|(request, sent)| Some((answer_in(&batch, request)?, *sent)));
-        if let Some((answer, sent)) = answer {
-            self.asked.0 = None;
-            // Without a leader there is no answer that counts; the next question follows.
-            match answer.and_then(leaders_info) {
-                Ok(Some(info)) => {
-                    if let Some(served) = &mut self.session {
-                        if info.created != self.source_info.created {
-                            let message = "the source was recreated while it was read";
-                            return Err(Error::new(ErrorKind::Retry, message));
-                        }
-                        served.is_of_compared = true;
-                    }
-                    self.source_is(info, sent);
-                    self.end_of_source()?;
-                }
-                Err(error) if error.kind == nats_lane::ErrorKind::NotFound => {
-                    let stream = &self.job.replication.source.stream;
-                    return Err(held(format!("source stream `{stream}` does not exist")));
-                }
-                Ok(None) | Err(_) => self.times.info = self.times.info.min(Instant::now() + ASKED_AGAIN),
-            }
-        }
+        self.hear_source_state(&batch)?;
         self.refusals.accept(&batch)?;
         if let Some(served) = &mut self.session {
             served.reader.accept(batch).map_err(|lost| Error::of_source(lost.error))?;
         }
         Ok(())
-    }
-
-    /// A consumer can survive a source that lost its end.
-    fn end_of_source(&self) -> Result<(), Error> {
-        let last = self.source_info.state.last_seq;
-        match &self.session {
-            Some(served) if last < served.session.last().seq => Err(Error::new(
-                ErrorKind::Retry,
-                format!("the source ends at sequence {last}, before what was read of it"),
-            )),
-            _ => Ok(()),
-        }
-    }
-
-    fn hear_target_state(&mut self, batch: &Batch) -> Result<(), Error> {
-        for refused in self.target.take_refused() {
-            debug!(replication = self.job.replication.id, "the target's server refused a request: {refused}");
-        }
-        let Some(answer) = self.asked.1.as_ref().and_then(|request| answer_in(batch, request)) else { return Ok(()) };
-        let info = answer.and_then(leaders_info);
-        self.asked.1 = None;
-        let name = &self.job.replication.target.stream;
-        match info {
-            Ok(Some(info)) => {
-                let fit = target::check(self.kind, &self.job.replication, &info, &self.subjects);
-                let fit = fit.map_err(Error::of_target)?;
-                self.target_info = info;
-                self.check_end();
-                if fit == Fit::Lacks {
-                    // The next run adds it again, if the stream may be changed.
-                    let message = format!("the source was removed from target stream `{name}`");
-                    return Err(Error::new(ErrorKind::Retry, message));
-                }
-                Ok(())
-            }
-            Err(error) if error.kind == nats_lane::ErrorKind::NotFound => {
-                Err(Error::new(ErrorKind::Retry, format!("target stream `{name}` was deleted")))
-            }
-            // Between two leaders.
-            Ok(None) | Err(_) => Ok(()),
-        }
-    }
-
-    /// A mirror answers flow control also after a message that it refused, and asks for that only when the next one arrives.
-    fn check_end(&mut self) {
-        let Some(Served { session, leaf, .. }) = &self.session else { return };
-        let lacks = self.kind == NativeKind::Mirror && self.target_info.state.last_seq < session.last().seq;
-        if let Some(subject) = session.subject()
-            && lacks
-            && session.is_settled()
-            && session.delivered() > 0
-            && self.settled_at < self.times.asked
-        {
-            self.leaves.leaf(*leaf).send(subject.as_bytes(), b"", &poke(), b"");
-        }
     }
 
     /// Does the periodic work that is due.
@@ -816,7 +761,7 @@ impl<'a> Feed<'a> {
         let Some(Served { session, leaf, .. }) = &self.session else { return };
         let replicated = self.target_info.number("num_replicas") > 1;
         let within = if replicated { REPLICATED_ANSWERS_WITHIN } else { ANSWERS_WITHIN };
-        let is_silent = !session.is_settled() && now.duration_since(self.times.stored) > within;
+        let is_silent = !session.is_processed() && now.duration_since(self.times.stored) > within;
         let leaf = self.leaves.leaf(*leaf);
         if let Some(subject) = session.subject()
             && is_silent
@@ -843,16 +788,6 @@ impl<'a> Feed<'a> {
     /// Whether the target listens.
     fn is_fed(&self) -> bool {
         self.session.as_ref().is_some_and(|served| served.session.subject().is_some())
-    }
-
-    fn ask_states(&mut self, now: Instant) {
-        let replication = &self.job.replication;
-        let info = |lane: &Lane, stream: &str| format!("{}.STREAM.INFO.{stream}", lane.api_prefix());
-        let subject = info(&self.source, &replication.source.stream);
-        self.asked.0 = Some((self.source.send_request(&subject, b""), now));
-        let subject = info(&self.target, &replication.target.stream);
-        self.asked.1 = Some(self.target.send_request(&subject, b""));
-        self.times.asked = now;
     }
 
     fn saved(&mut self, result: Result<(), SaveError>) -> Result<(), Error> {

@@ -1,8 +1,9 @@
 //! One consumer that a mirror was given: what is delivered under its name, what the target has stored of it, and what is in
 //! flight. Pure: frames come out as bytes.
 //!
-//! Nothing is acknowledged one by one. Now and then a flow control message goes with the data; the target answers it when
-//! everything before it is stored, which settles that and bounds what waits in the target's memory.
+//! Nothing is acknowledged one by one. Now and then a flow control message goes with the data; the target answers it when it has
+//! processed everything before it, which bounds what waits in the target's memory. What it holds of that settles when it is seen
+//! there.
 
 use std::{collections::VecDeque, io::Write as _};
 
@@ -26,13 +27,17 @@ pub(super) struct FedPoint {
 }
 
 /// What was delivered between two flow control messages.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 struct FeedPart {
     amount: Amount,
     first: FedPoint,
     last: FedPoint,
+    /// Subject of the last message.
+    subject: Vec<u8>,
     /// How many messages of the consumer were delivered with it.
     delivered: u64,
+    /// When the target answered.
+    answered: Option<Instant>,
 }
 
 /// A consumer of a mirror.
@@ -54,6 +59,8 @@ pub(super) struct FeedSession {
     parts: VecDeque<FeedPart>,
     /// Number of the oldest of them.
     first: u64,
+    /// Those that are answered, oldest first, as long as they are not known to be stored.
+    processed: VecDeque<FeedPart>,
     in_flight: Amount,
     window: FeedWindow,
 }
@@ -80,6 +87,7 @@ impl FeedSession {
             open: FeedPart::default(),
             parts: VecDeque::new(),
             first: 1,
+            processed: VecDeque::new(),
             in_flight: Amount::default(),
             window,
         }
@@ -118,7 +126,7 @@ impl FeedSession {
 
     /// The oldest message that was delivered and is not known to be stored.
     pub fn oldest(&self) -> Option<FedPoint> {
-        let part = self.parts.front().unwrap_or(&self.open);
+        let part = self.processed.front().or(self.parts.front()).unwrap_or(&self.open);
         (part.amount.messages > 0).then_some(part.first)
     }
 
@@ -127,9 +135,49 @@ impl FeedSession {
         self.window.is_full(self.parts.len())
     }
 
-    /// Whether the target has stored everything that was delivered.
+    /// Whether the target is known to have stored everything that was delivered.
     pub fn is_settled(&self) -> bool {
         self.in_flight.messages == 0
+    }
+
+    /// Whether the target has processed everything that was delivered.
+    pub fn is_processed(&self) -> bool {
+        self.parts.is_empty() && self.open.amount.messages == 0
+    }
+
+    /// What the target has processed and is not known to have stored.
+    pub fn unproven(&self) -> Amount {
+        let mut unproven = Amount::default();
+        self.processed.iter().for_each(|part| unproven.add(part.amount));
+        unproven
+    }
+
+    /// The newest message that the target had processed at a time, and is not known to have stored.
+    pub fn processed_before(&self, time: Instant) -> Option<u64> {
+        let before = |part: &&FeedPart| part.answered.is_some_and(|answered| answered <= time);
+        self.processed.iter().rev().find(before).map(|part| part.last.seq)
+    }
+
+    /// Since when the oldest message is processed that is not known to be stored.
+    pub fn processed_since(&self) -> Option<Instant> {
+        self.processed.front().and_then(|part| part.answered)
+    }
+
+    /// Subject of the newest message that is processed, and not known to be stored.
+    pub fn processed_subject(&self) -> Option<&[u8]> {
+        self.processed.back().map(|part| part.subject.as_slice())
+    }
+
+    /// The target holds everything up to a sequence: what of that was processed and not known to be stored, and its last message.
+    pub fn holds(&mut self, seq: u64) -> Option<(Amount, FedPoint)> {
+        let (mut amount, mut last) = (Amount::default(), None);
+        let count = self.processed.iter().take_while(|part| part.last.seq <= seq).count();
+        for part in self.processed.drain(..count) {
+            amount.add(part.amount);
+            last = Some(part.last);
+        }
+        self.in_flight.subtract(amount);
+        last.map(|last| (amount, last))
     }
 
     /// Takes the next message as delivered, and writes its reply subject: the target finds sequence and time in it, and the
@@ -152,6 +200,8 @@ impl FeedSession {
         }
         self.open.amount.add(amount);
         self.open.last = self.last;
+        self.open.subject.clear();
+        self.open.subject.extend_from_slice(subject);
         self.in_flight.add(amount);
     }
 
@@ -170,10 +220,10 @@ impl FeedSession {
         Some((format!("{}{number}", self.flow), FLOW_CONTROL))
     }
 
-    /// Takes the answer to a flow control message: what was stored since the one before, and its last message. `None` if it
+    /// Takes the answer to a flow control message: the last message that the target has processed. `None` if it
     /// is none of this consumer's, or old, or if its header says that the target has dropped some of them: servers from 2.14 on say
     /// how many they have taken.
-    pub fn answered(&mut self, subject: &[u8], header: &[u8], now: Instant) -> Option<(Amount, FedPoint)> {
+    pub fn answered(&mut self, subject: &[u8], header: &[u8], now: Instant) -> Option<FedPoint> {
         let answered = number(subject.strip_prefix(self.flow.as_bytes())?)?;
         let count =
             (answered + 1).checked_sub(self.first).filter(|count| (1..=self.parts.len() as u64).contains(count))?;
@@ -181,15 +231,13 @@ impl FeedSession {
         if taken.is_some_and(|taken| taken < self.parts[count as usize - 1].delivered) {
             return None;
         }
-        let (mut amount, mut last) = (Amount::default(), FedPoint::default());
-        for part in self.parts.drain(..count as usize) {
-            amount.add(part.amount);
-            last = part.last;
+        for mut part in self.parts.drain(..count as usize) {
+            part.answered = Some(now);
+            self.processed.push_back(part);
         }
         self.first += count;
         self.window.stored(count as usize, now);
-        self.in_flight.subtract(amount);
-        Some((amount, last))
+        self.processed.back().map(|part| part.last)
     }
 
     /// The header of a sign of life. It names the last delivery, so that the target sees the loss of the very last one.
@@ -276,12 +324,17 @@ mod tests {
         assert_eq!(session.in_flight(), Amount { messages: 8, bytes: 800, payload: 720 });
         assert_eq!(session.answered(b"F.X.1", b"", now), None);
         assert_eq!(session.answered(b"F.C.5", b"", now), None);
-        let (amount, last) = session.answered(b"F.C.2", b"", now).unwrap();
+        assert_eq!(session.answered(b"F.C.2", b"", now).unwrap().seq, 14);
+        assert_eq!((session.unproven().messages, session.in_flight().messages), (4, 8));
+        assert_eq!(session.oldest().map(|oldest| oldest.seq), Some(11));
+        let (amount, last) = session.holds(14).unwrap();
         assert_eq!((amount.messages, last.seq), (4, 14));
         assert_eq!(session.oldest().map(|oldest| oldest.seq), Some(15));
         assert_eq!(session.answered(b"F.C.1", b"", now), None, "an old answer");
         assert!(!session.is_full());
-        let (amount, last) = session.answered(b"F.C.4", b"", now).unwrap();
+        assert_eq!(session.answered(b"F.C.4", b"", now).unwrap().seq, 18);
+        assert!(session.is_processed() && !session.is_settled());
+        let (amount, last) = session.holds(18).unwrap();
         assert_eq!((amount.messages, last.seq), (4, 18));
         assert!(session.is_settled() && session.oldest().is_none());
         deliver(&mut session, 19);
@@ -289,8 +342,29 @@ mod tests {
         let header = |taken: u64| format!("NATS/1.0\r\nNats-Last-Consumer: {taken}\r\n\r\n").into_bytes();
         assert_eq!(session.answered(b"F.C.5", &header(8), now), None, "the ninth was dropped");
         assert!(session.answered(b"F.C.5", &header(9), now).is_some());
+        session.holds(19).unwrap();
         deliver(&mut session, 20);
         assert_eq!(session.oldest().map(|oldest| oldest.seq), Some(20));
+    }
+
+    #[test]
+    fn what_a_target_refused_is_not_settled() {
+        let mut session = session();
+        let (before, now) = (Instant::now(), Instant::now() + Duration::from_secs(1));
+        for seq in 11..=16 {
+            deliver(&mut session, seq);
+            session.flow_control(false, now);
+        }
+        session.answered(b"F.C.3", b"", now).unwrap();
+        assert_eq!(session.processed_since(), Some(now));
+        assert_eq!((session.processed_before(before), session.processed_before(now)), (None, Some(16)));
+        assert_eq!(session.processed_subject(), Some(&b"a.b@c"[..]));
+        // It holds the first part, and half of the second.
+        let (amount, last) = session.holds(13).unwrap();
+        assert_eq!((amount.messages, last.seq), (2, 12));
+        assert_eq!(session.oldest().map(|oldest| oldest.seq), Some(13));
+        assert!(session.holds(13).is_none() && !session.is_settled());
+        assert_eq!((session.unproven().messages, session.in_flight().messages), (4, 4));
     }
 
     #[test]
@@ -314,7 +388,7 @@ mod tests {
         assert!(session.flow_control(true, now).is_none(), "one is on its way");
         session.answered(b"F.C.1", b"", now).unwrap();
         assert!(session.flow_control(true, now).is_some());
-        assert_eq!(session.answered(b"F.C.2", b"", now).unwrap().1.seq, 12);
+        assert_eq!(session.answered(b"F.C.2", b"", now).unwrap().seq, 12);
     }
 
     #[test]

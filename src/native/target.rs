@@ -72,12 +72,18 @@ pub(super) fn durable_state(kind: NativeKind, info: &StreamInfo, subjects: &Feed
     };
     all.retain(|origin| is_ours(origin));
     let deliver = all.first()?["consumer"]["deliver_subject"].as_str()?.to_owned();
-    let taken = |progress: &SourceProgress| progress.external.as_ref().is_some_and(|external| external.api == api);
     let last = match kind {
         NativeKind::Mirror => info.state.last_seq,
-        NativeKind::Source => info.sources.iter().find(|progress| taken(progress)).map_or(0, |progress| progress.seq),
+        NativeKind::Source => taken(info, subjects).unwrap_or_default(),
     };
     Some((last, deliver))
+}
+
+/// The last sequence of the source that a target with sources has, where its server says that; `None` too where it has none.
+pub(super) fn taken(info: &StreamInfo, subjects: &FeedSubjects) -> Option<u64> {
+    let api = subjects.api();
+    let is_ours = |progress: &&SourceProgress| progress.external.as_ref().is_some_and(|external| external.api == api);
+    info.sources.iter().find(is_ours).map(|progress| progress.seq).filter(|seq| *seq > 0)
 }
 
 /// Whether a stream asks this feed; an error if it cannot be fed.

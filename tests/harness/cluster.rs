@@ -65,11 +65,16 @@ impl Cluster {
 
     /// The same with servers of a version.
     pub async fn with_leafnode_ports_of(version: Option<&str>) -> Result<(Self, String)> {
+        Self::with_leafnode_ports_and(version, "").await
+    }
+
+    /// The same with more configuration of each server.
+    pub async fn with_leafnode_ports_and(version: Option<&str>, more: &str) -> Result<(Self, String)> {
         let hosts = Mutex::new(Vec::new());
         let cluster = Self::start_with(Role::Target, |server| {
             let host = format!("127.0.0.1:{}", free_port().expect("a port"));
             // They advertise each other: a feed goes to those that its document names.
-            let config = format!("leafnodes {{ listen: \"{host}\" }}\nhttp: \"127.0.0.1:-1\"");
+            let config = format!("leafnodes {{ listen: \"{host}\" }}\nhttp: \"127.0.0.1:-1\"\n{more}");
             hosts.lock().expect("hosts").push(host);
             let server = server.config(&config);
             match version {

@@ -10,6 +10,7 @@ use tracing::warn;
 use super::{
     Feed, REFUSED, held,
     message::{NotFed, undeliverable},
+    room::{is_nearly_full, lacks_room},
 };
 use crate::{
     config::OnReject,
@@ -40,6 +41,10 @@ pub(super) struct Refusals {
     omitted: BTreeMap<u64, OmittedMessage>,
     /// Nothing was stored since the last message was omitted.
     is_row: bool,
+    /// A message that the target cannot store by what is known of it, and when that was noticed: it is asked once more.
+    noticed: Option<(SourceMessage, Instant)>,
+    /// First and last sequence of a target that was nearly full when it was last seen to refuse a message.
+    nearly_full: Option<(u64, u64)>,
     letters: Option<DeadLetters>,
 }
 
@@ -65,6 +70,8 @@ pub(super) struct Judging<'a> {
     pub job: &'a Job,
     pub events: &'a Events,
     pub target: &'a StreamInfo,
+    /// When the target was asked for that state.
+    pub as_of: Instant,
     /// See [`undeliverable`].
     pub splits_at_last: bool,
     /// Generation of the position record.
@@ -119,6 +126,16 @@ impl Refusals {
         (self.start, self.times, self.suspect, self.delivered) = (0, 0, None, false);
     }
 
+    /// When a message was noticed that the target cannot store by what is known of it.
+    pub fn noticed(&self) -> Option<Instant> {
+        self.noticed.map(|(_, at)| at)
+    }
+
+    /// The first message that was given to the target, if a request for this sequence is one for that message too.
+    fn suspected(&self, start: u64) -> Option<&FirstGiven> {
+        self.first.as_ref().filter(|first| self.delivered && start <= first.message.seq)
+    }
+
     /// Takes a request into account; the message that is refused, if it is one too many.
     fn counts(&mut self, start: u64) -> Option<(FirstGiven, u32)> {
         // It asks for what comes later than a message that was omitted: then it has stored something since.
@@ -145,7 +162,7 @@ impl Refusals {
         incoming: &Incoming<'_>,
         mapped: &[u8],
     ) -> Result<RefusalVerdict, Error> {
-        if self.letters.as_ref().is_some_and(|letters| letters.len() > 0) {
+        if self.awaits_letter() {
             return Ok(RefusalVerdict::Wait);
         }
         let message = message_of(incoming);
@@ -154,13 +171,21 @@ impl Refusals {
             return Ok(RefusalVerdict::Omit(omitted.why));
         }
         let asked_for = self.refused.as_ref().filter(|(refused, _)| *refused == message).map(|(_, why)| why.clone());
+        let is_known = asked_for.is_some();
         let Some(why) = asked_for.or_else(|| judging.never_stored(incoming, mapped)) else {
+            self.noticed = None;
             return Ok(RefusalVerdict::Give);
         };
         if !settled {
             return Ok(RefusalVerdict::Wait);
         }
-        self.refused = None;
+        // Its limits may have been raised since the target was asked.
+        let noticed = self.noticed.filter(|(noticed, _)| *noticed == message).map_or(judging.now, |(_, at)| at);
+        self.noticed = Some((message, noticed));
+        if !is_known && judging.as_of < noticed {
+            return Ok(RefusalVerdict::Wait);
+        }
+        (self.refused, self.noticed) = (None, None);
         self.refuse(judging, lane, incoming, why)
     }
 
@@ -213,6 +238,11 @@ impl Refusals {
         Ok(())
     }
 
+    /// Whether a dead letter is on its way.
+    pub fn awaits_letter(&self) -> bool {
+        self.letters.as_ref().is_some_and(|letters| letters.len() > 0)
+    }
+
     /// An error if a dead letter is overdue.
     pub fn check(&mut self, lane: &mut Lane, now: Instant) -> Result<(), Error> {
         self.letters.as_mut().map_or(Ok(()), |letters| letters.check(lane, now))
@@ -258,11 +288,14 @@ impl OmittedMessage {
 
 impl Feed<'_> {
     /// A message that the target asks for again and again was refused by it. An error if the replication is to be held for that.
-    pub(super) fn count_refusal(&mut self, asked: &ConsumerRequest) -> Result<(), Error> {
+    pub(super) async fn count_refusal(&mut self, asked: &ConsumerRequest) -> Result<(), Error> {
         let start = match asked.wanted {
             FeedStart::All | FeedStart::Time(_) | FeedStart::AfterItsLast => 0,
             FeedStart::From(seq) => seq,
         };
+        if self.finds_it_full(start).await? {
+            return Ok(());
+        }
         let Some((first, times)) = self.refusals.counts(start) else { return Ok(()) };
         let replication = &self.job.replication;
         let why = format!(
@@ -278,6 +311,25 @@ impl Feed<'_> {
         self.refusals.forget();
         self.refusals.refused = Some((first.message, why));
         Ok(())
+    }
+
+    /// Whether a target that asks for a sequence again may have refused it because it is full: then nothing is given until it has room.
+    async fn finds_it_full(&mut self, start: u64) -> Result<bool, Error> {
+        let Some(bytes) = self.refusals.suspected(start).map(|first| first.bytes) else { return Ok(false) };
+        // Without a leader nothing is known.
+        let known = self.read_target().await?;
+        let state = &self.target_info.state;
+        let (nearly, seqs) = (is_nearly_full(&self.target_info, bytes), (state.first_seq, state.last_seq));
+        // Others store and remove messages there.
+        let moved = nearly && self.refusals.nearly_full != Some(seqs);
+        self.refusals.nearly_full = nearly.then_some(seqs);
+        if let Some(why) = lacks_room(&self.target_info, bytes) {
+            self.is_full(bytes, &why);
+        } else if known && !moved {
+            return Ok(false);
+        }
+        self.refusals.forget();
+        Ok(true)
     }
 
     /// Whether the position stays before a message: after a restart, a target asks again for one that is skipped by request, unless it

@@ -22,10 +22,13 @@ impl Feed<'_> {
         if asked.wanted != FeedStart::AfterItsLast {
             return Ok(Some(asked));
         }
+        if !self.read_target().await? {
+            return Ok(None);
+        }
         let stream = &self.job.replication.target.stream;
-        let info = Api::new(&mut self.target).stream_info(stream).await.map_err(Error::of_target)?;
-        let Some(info) = info else { return Ok(None) };
-        let Some((last, deliver)) = target::durable_state(self.kind, &info, &self.subjects) else { return Ok(None) };
+        let Some((last, deliver)) = target::durable_state(self.kind, &self.target_info, &self.subjects) else {
+            return Ok(None);
+        };
         let prefix = format!("{}.", self.subjects.deliver());
         if !deliver.starts_with(&prefix) {
             return Err(held(format!(
@@ -33,7 +36,6 @@ impl Feed<'_> {
                  `{prefix}` only"
             )));
         }
-        self.target_info = info;
         asked.begins_after(last, deliver);
         Ok(Some(asked))
     }

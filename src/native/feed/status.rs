@@ -36,17 +36,23 @@ impl Feed<'_> {
         copy.source.clock_offset_seconds =
             shown(copy.source.clock_offset_seconds, self.clock.offset(now, entropy::now()));
         if is_fed {
-            self.state = State::Running;
+            self.state = if self.full.is_some() { State::Held } else { State::Running };
         }
         let unasked = !is_fed && now.duration_since(self.times.waits) > UNASKED;
+        let waits = match &self.full {
+            Some(full) => Some(("hold", full.why.as_str())),
+            None => unasked.then_some(("retry", WAITS)),
+        };
         let (copy, new) = (&mut self.copy, self.state);
         self.status.send_modify(|(state, published)| {
             *state = new;
             let mut last_error = published.last_error.take();
-            if unasked && last_error.as_ref().is_none_or(|error| !error.current || error.message != WAITS) {
-                last_error = Some(LastError::now("retry", WAITS));
+            if let Some((kind, why)) = waits
+                && last_error.as_ref().is_none_or(|error| !error.current || error.message != why)
+            {
+                last_error = Some(LastError::now(kind, why));
             }
-            if let Some(error) = last_error.as_mut().filter(|_| new == State::Running && !unasked) {
+            if let Some(error) = last_error.as_mut().filter(|_| new == State::Running && waits.is_none()) {
                 error.ran();
             }
             copy.last_error = last_error;

@@ -2,7 +2,7 @@
 
 use std::{fs, time::Duration};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use futures_util::StreamExt;
 use nats_lane::{
     Connection, Endpoint, ErrorKind, Tls, Turn,
@@ -12,7 +12,7 @@ use nkeys::KeyPair;
 use tokio::time::timeout;
 
 use super::auth::certificates;
-use crate::harness::{LIMIT, Role, Server, connect, server::free_port, signed::SignedAccount};
+use crate::harness::{LIMIT, Role, Server, connect, proxy::Proxy, server::free_port, signed::SignedAccount, wait_for};
 
 /// Versions with another leafnode code each.
 pub(super) const VERSIONS: [&str; 3] = ["2.10.26", "2.12.8", "2.15.1"];
@@ -260,6 +260,30 @@ async fn a_port_for_clients_is_named_as_one() -> Result<()> {
         let url = connection(&format!("nats-leaf://127.0.0.1:{}", server.port()));
         let Err(error) = Leaf::connect(&url, &login("one", &["to.>"])).await else { bail!("let in") };
         assert!(error.kind == ErrorKind::Hold && error.message.contains("not a leafnode port"), "{version}: {error}");
+    }
+    Ok(())
+}
+
+/// Two addresses lead to one server, which takes long for a login: the second attempt begins before the first one ends. The server
+/// would close the first connection for the second one.
+#[tokio::test]
+async fn a_slow_server_with_two_addresses_is_one() -> Result<()> {
+    for version in VERSIONS {
+        let (server, port) = server(version, "", "").await?;
+        let proxies = [Proxy::start(port).await?, Proxy::start(port).await?];
+        for proxy in &proxies {
+            proxy.delay(Duration::from_millis(600));
+        }
+        let url = format!("nats-leaf://127.0.0.1:{},127.0.0.1:{}", proxies[0].port(), proxies[1].port());
+        let mut leaf = Leaf::connect(&connection(&url), &login("one", &["to.>"])).await?;
+        ensure!(leaf.server().address.is_some_and(|address| address.port() == proxies[0].port()), "{version}");
+        let tried = async || proxies[1].accepted() == 1 && proxies[1].open() == 0;
+        wait_for("the second attempt to be over", LIMIT, tried).await.context(version)?;
+        leaf.round_trip().await.with_context(|| format!("{version}: {}", server.log()))?;
+        let other = Leaf::connect_other(&connection(&url), &login("one", &["to.>"]), &[leaf.server()]).await?;
+        ensure!(other.is_none(), "{version}");
+        leaf.round_trip().await.with_context(|| format!("{version}: {}", server.log()))?;
+        ensure!(!server.log().contains("Duplicate Remote LeafNode"), "{version}: {}", server.log());
     }
     Ok(())
 }

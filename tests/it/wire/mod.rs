@@ -25,6 +25,7 @@ pub(crate) mod mirror;
 mod native_faults;
 mod native_kinds;
 mod native_nodes;
+mod native_queues;
 mod native_rejects;
 mod native_sampling;
 mod native_source;

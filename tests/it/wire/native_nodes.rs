@@ -14,9 +14,15 @@ use stream_replicator::native::FeedSubjects;
 use tokio::{task::JoinHandle, time::Instant};
 
 use super::native_faults::{ASKS_WITHIN, equal, load_until};
-use crate::harness::{Cluster, End, LIMIT, SITE, Server, Site, client::http_get, wait_for};
+use crate::harness::{
+    Cluster, End, LIMIT, SITE, Server, Site,
+    client::{http_get, request},
+    wait_for,
+};
 
 const STREAM: &str = "ORDERS";
+/// What the URL for the leafnode connections begins with.
+const LEAF_USER: &str = "nats-leaf://leaf:leaf@";
 
 /// A feed of a replicated target while messages are published, and what it is judged by.
 struct Fed {
@@ -30,15 +36,25 @@ struct Fed {
 impl Fed {
     /// `leafs` makes the URL for the leafnode connections of that with all servers.
     async fn begin(kind: &'static str, version: &str, leafs: impl Fn(&str) -> String) -> Result<Self> {
-        let (cluster, leaf_url) = Cluster::with_leafnode_ports_of(Some(version)).await?;
+        let subjects = FeedSubjects::of(SITE, STREAM);
+        // The leaf user may do no more than what `config validate` says.
+        let users = format!(
+            "accounts {{ A: {{ jetstream: enabled, users: [ {{ user: admin, password: admin }}, \
+             {{ user: leaf, password: leaf, {} }} ] }} }}\nno_auth_user: admin",
+            subjects.permissions()
+        );
+        let (cluster, leaf_url) = Cluster::with_leafnode_ports_and(Some(version), &users).await?;
+        let leaf_url = leaf_url.replace("nats-leaf://", LEAF_USER);
         let site = Site::small().await?;
         site.source_stream(STREAM, json!({})).await?;
-        let subjects = FeedSubjects::of(SITE, STREAM);
         let origin = json!({"name": STREAM, "external": {"api": subjects.api(), "deliver": subjects.deliver()}});
         let config = if kind == "mirror" { json!({ "mirror": origin }) } else { json!({ "sources": [origin] }) };
         cluster.create_stream(STREAM, config).await?;
         let fields = json!({"kind": kind, "target_url": cluster.url(), "target_leaf_url": leafs(&leaf_url)});
-        site.add(STREAM, fields).await?;
+        site.add(STREAM, fields.clone()).await?;
+        let report = request(&site.client, "replicator.config.validate", site.document_with(STREAM, fields)).await?;
+        let printed = serde_json::Value::from(subjects.permissions()).to_string();
+        ensure!(report.to_string().contains(printed.trim_matches('"')), "{printed} is not in {report}");
         let last = Arc::new(AtomicU64::new(u64::MAX));
         let load = load_until(site.source.url(), last.clone(), 20, Duration::from_millis(30));
         let fed = Self { cluster, site, kind, last, load };
@@ -119,8 +135,8 @@ async fn a_request_is_answered_once() -> Result<()> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn each_named_server_has_one_connection() -> Result<()> {
     let named = |url: &str| {
-        let hosts: Vec<&str> = url.trim_start_matches("nats-leaf://").split(',').collect();
-        format!("nats-leaf://{},{},{}", hosts[0], hosts[0].replace("127.0.0.1", "localhost"), hosts[1])
+        let hosts: Vec<&str> = url.trim_start_matches(LEAF_USER).split(',').collect();
+        format!("{LEAF_USER}{},{},{}", hosts[0], hosts[0].replace("127.0.0.1", "localhost"), hosts[1])
     };
     let mut fed = Fed::begin("mirror", "2.15.1", named).await?;
     let connected = async |fed: &Fed, expect: [usize; 3]| {

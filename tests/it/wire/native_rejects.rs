@@ -8,7 +8,7 @@ use super::{
     mirror::{begin_as, error},
     native_faults::ASKS_WITHIN,
 };
-use crate::harness::{Outgoing, SITE, Site, site::merged};
+use crate::harness::{Outgoing, SITE, Site, site::merged, wait_for};
 
 const STREAM: &str = "ORDERS";
 const TARGET: &str = "COPIED";
@@ -36,6 +36,14 @@ async fn publish(site: &Site, first: u64, last: u64, large: &[u64]) -> Result<()
         Outgoing::new("orders.x", vec![b'a'; size])
     });
     site.source().await?.publish_all(messages).await?;
+    Ok(())
+}
+
+/// Changes the configuration of the target stream.
+async fn change(site: &Site, change: Value) -> Result<()> {
+    let mut target = site.target().await?;
+    let config = target.api(&format!("STREAM.INFO.{TARGET}"), Value::Null).await?["config"].clone();
+    target.api(&format!("STREAM.UPDATE.{TARGET}"), merged(config, change)).await?;
     Ok(())
 }
 
@@ -115,6 +123,75 @@ async fn refused_messages_are_skipped_or_dead_letters() -> Result<()> {
                 letters.len() as u64 == dead_lettered && letters.iter().all(|letter| letter.payload.len() == 5_000)
             );
         }
+    }
+    Ok(())
+}
+
+/// A target that is full refuses every message: none of them is skipped, and the feed continues when there is room.
+#[tokio::test]
+async fn a_full_target_is_no_reason_to_skip() -> Result<()> {
+    let messages = json!({"max_msgs": 5, "discard": "new"});
+    let bytes = json!({"max_bytes": 300, "discard": "new"});
+    let cases = [
+        ("mirror", "2.15.1", "skip", &messages),
+        ("mirror", "2.10.26", "dead_letter", &bytes),
+        ("source", "2.15.1", "dead_letter", &messages),
+        ("source", "2.12.8", "skip", &messages),
+        ("mirror", "2.15.1", "hold", &bytes),
+    ];
+    let cases = cases.map(async |(kind, version, on_reject, limits)| {
+        let (mut site, fields) = begin_as(kind, version, &[]).await?;
+        site.source_stream(STREAM, json!({})).await?;
+        site.source_stream("DEAD", json!({"subjects": ["dead.>"]})).await?;
+        publish(&site, 1, 5, &[]).await?;
+        let mut fields = merged(fields, json!({"target_stream": TARGET, "on_reject": on_reject}));
+        if on_reject == "dead_letter" {
+            fields["dead_letter"] = json!({"subject": "dead.orders"});
+        }
+        site.add(STREAM, fields).await?;
+        site.settled_within(STREAM, 5, ASKS_WITHIN).await?;
+        change(&site, limits.clone()).await?;
+        // A mirror is asked for its limits only now and then, and stores nothing after a message that it refused.
+        site.service.kill()?;
+        site.service.restart().await?;
+        publish(&site, 6, 10, &[]).await?;
+        let full = |row: &Value| row["state"] == "held" && error(row).contains("target stream `COPIED` is full");
+        let waits = async || site.row(STREAM).await.is_some_and(|row| full(&row));
+        let found = wait_for("the feed to wait for room", ASKS_WITHIN, waits).await;
+        found.with_context(|| format!("{kind} at {version}\n{}", site.service.log()))?;
+        let row = site.row(STREAM).await.context("a row")?;
+        ensure!(row["last_error"]["source_seq"].is_null() && row["last_error"]["current"] == true, "{row}");
+        let room = json!({"max_msgs": -1, "max_bytes": -1, "discard": "old"});
+        if kind == "source" {
+            site.target().await?.api(&format!("STREAM.PURGE.{TARGET}"), Value::Null).await?;
+        } else {
+            change(&site, room).await?;
+        }
+        let row = site.settled_within(STREAM, 10, ASKS_WITHIN).await.with_context(|| site.service.log())?;
+        ensure!(row["state"] == "running" && row["last_error"]["current"] == false, "{row}");
+        let counters = &row["counters"];
+        ensure!(counters["skipped_refused"] == 0 && counters["dead_lettered"] == 0, "{row}");
+        let first = if kind == "source" { 6 } else { 1 };
+        has(&site, kind, &(first..=10).collect::<Vec<_>>()).await.context(version)
+    });
+    for case in futures_util::future::join_all(cases).await {
+        case?;
+    }
+    Ok(())
+}
+
+/// The feed asks for the state of the target every 10 s only, and its limit is raised in between.
+#[tokio::test]
+async fn a_raised_limit_holds_for_the_next_message() -> Result<()> {
+    for kind in ["mirror", "source"] {
+        let (site, fields) = begin(kind, "2.15.1", &[], 5).await?;
+        site.add(STREAM, merged(fields, json!({"on_reject": "skip"}))).await?;
+        site.settled_within(STREAM, 5, ASKS_WITHIN).await?;
+        change(&site, json!({"max_msg_size": 10_000})).await?;
+        publish(&site, 6, 6, &[6]).await?;
+        let row = site.settled_within(STREAM, 6, ASKS_WITHIN).await.with_context(|| site.service.log())?;
+        ensure!(row["counters"]["skipped_refused"] == 0, "{row}");
+        has(&site, kind, &[1, 2, 3, 4, 5, 6]).await?;
     }
     Ok(())
 }

@@ -6,11 +6,14 @@
 //! the leaf user may publish to them. Compression is not offered, so nothing is compressed.
 
 use std::{
-    collections::VecDeque,
+    collections::{HashMap, VecDeque},
     fmt::Write as _,
     future::poll_fn,
     net::SocketAddr,
-    sync::atomic::{AtomicUsize, Ordering},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -85,7 +88,8 @@ impl Leaf {
         login: &LeafLogin,
         connected: &[LeafServer],
     ) -> Result<Option<Self>, Error> {
-        let (hosts, others) = (connection.endpoint.hosts.iter(), Others { connected, failed: AtomicUsize::new(0) });
+        let hosts = connection.endpoint.hosts.iter();
+        let others = Others { connected, failed: AtomicUsize::new(0), logins: Mutex::default() };
         match race(hosts, HEAD_START, |host| Self::try_host(connection, host, login, &others)).await {
             Ok(leaf) => Ok(Some(leaf)),
             Err(_) if others.failed.load(Ordering::Relaxed) == 0 => Ok(None),
@@ -157,6 +161,19 @@ impl Leaf {
         if others.connected.iter().any(|server| server.id == lane.info.server_id) {
             return Ok(None);
         }
+        let turn = others.turn(&lane.info.server_id);
+        // Held until the login is over, whatever becomes of it.
+        let _turn = match turn.try_lock() {
+            Ok(turn) => turn,
+            Err(_) => {
+                // The server would close the first of two connections for the second one.
+                drop(lane);
+                let turn = turn.lock().await;
+                // The first one failed, so this address may lead there better.
+                lane = Lane::greeted(&connection, host, address).await?;
+                turn
+            }
+        };
         if !endpoint.tls.handshake_first && !endpoint.scheme.is_websocket() {
             lane.upgrade(endpoint, host).await?;
         }
@@ -293,10 +310,20 @@ impl Leaf {
     }
 }
 
-/// The servers that are connected already, and how many others failed.
+/// The servers that are connected already, how many others failed, and where a login is under way.
 struct Others<'a> {
     connected: &'a [LeafServer],
     failed: AtomicUsize,
+    /// One login at a time for each id of a server.
+    logins: Mutex<HashMap<String, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+impl Others<'_> {
+    /// What is locked during a login at a server, over whichever of its addresses.
+    fn turn(&self, server: &str) -> Arc<tokio::sync::Mutex<()>> {
+        let mut logins = self.logins.lock().unwrap_or_else(PoisonError::into_inner);
+        logins.entry(server.to_owned()).or_default().clone()
+    }
 }
 
 /// No failure: it only ends the attempt.
