@@ -178,7 +178,7 @@ impl Cluster {
                 }
                 false
             };
-            wait_for(&format!("all replicas of `{stream}`"), 2 * LIMIT, current).await?;
+            wait_for(&format!("all replicas of `{stream}`"), 4 * LIMIT, current).await?;
         }
         Ok(())
     }

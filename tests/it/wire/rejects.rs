@@ -585,9 +585,9 @@ async fn a_header_that_the_target_cannot_read_is_left_out() -> Result<()> {
 }
 
 /// What a server says to one publish into a stream of this kind.
-async fn refusal(server: &Server, stream: Value, message: Outgoing) -> Result<Option<ApiError>> {
+async fn refusal(server: &Server, name: &str, stream: Value, message: Outgoing) -> Result<Option<ApiError>> {
     let mut raw = Raw::connect(&server.url()).await?;
-    raw.create_stream("S", merged(json!({"subjects": ["s"]}), stream)).await?;
+    raw.create_stream(name, merged(json!({"subjects": ["s"]}), stream)).await?;
     for filler in ["first", "second"] {
         // Some need a message before them.
         if raw.publish(&Outgoing::new("s", filler)).await.is_err() {
@@ -595,7 +595,7 @@ async fn refusal(server: &Server, stream: Value, message: Outgoing) -> Result<Op
         }
     }
     let error = raw.publish(&message).await.err();
-    raw.api("STREAM.DELETE.S", Value::Null).await?;
+    raw.api(&format!("STREAM.DELETE.{name}"), Value::Null).await?;
     let Some(error) = error.map(|error| error.to_string()) else { return Ok(None) };
     let json = error.strip_prefix("publish was refused: ").with_context(|| error.clone())?;
     Ok(Some(serde_json::from_str(json)?))
@@ -629,9 +629,11 @@ async fn every_refusal_is_known_for_what_it_is() -> Result<()> {
         ((2, 10), json!({}), with("Nats-Expected-Stream: OTHER"), 10060, ErrorKind::Hold),
         ((2, 10), json!({}), with("Nats-Expected-Last-Sequence: 9"), 10071, ErrorKind::ChainBroken),
     ];
-    for ((major, minor), stream, message, code, kind) in cases {
+    for (number, ((major, minor), stream, message, code, kind)) in cases.into_iter().enumerate() {
         let known = server.at_least(major, minor);
-        let found = refusal(&server, stream.clone(), message).await?;
+        // A server may still be removing the store of a deleted stream when one of its name is created (10049).
+        let name = format!("S{number}");
+        let found = refusal(&server, &name, stream.clone(), message).await?;
         println!("{}: {stream}: {found:?}", server.version());
         let found = found.map(|error| (error.err_code, error.kind()));
         if known {
