@@ -622,8 +622,8 @@ impl<'a> Feed<'a> {
         let leaf = self.leaves.leaf(*leaf);
         let (mapping, scope) = (&self.job.replication.mapping, &self.job.replication.scope);
         let (job, events, splits_at_last, generation) = (self.job, self.events, self.splits_at_last, self.generation);
-        let (target, as_of) = (&self.target_info, self.states.as_of());
-        let judging = Judging { job, events, target, as_of, splits_at_last, generation, now };
+        let largest = usize::try_from(self.target_info.number("max_msg_size")).ok().filter(|largest| *largest > 0);
+        let judging = Judging { job, events, largest, as_of: self.states.as_of(), splits_at_last, generation, now };
         let (mut waits, mut lacks) = (false, None);
         while !session.is_full() && leaf.unwritten() < UNWRITTEN {
             let Some(incoming) = reader.peek() else { break };

@@ -5,7 +5,7 @@
 //! processed everything before it, which bounds what waits in the target's memory. What it holds of that settles when it is seen
 //! there.
 
-use std::{collections::VecDeque, io::Write as _};
+use std::collections::VecDeque;
 
 use nats_lane::{headers, jetstream::Delivery, parser::number};
 use tokio::time::Instant;
@@ -43,8 +43,8 @@ struct FeedPart {
 /// A consumer of a mirror.
 #[derive(Debug)]
 pub(super) struct FeedSession {
-    stream: String,
-    consumer: String,
+    /// What the reply subjects of its deliveries begin with, with their dot.
+    ack: String,
     /// Where it is delivered to, and another subject that the target may listen on instead.
     deliver: [String; 2],
     /// Which of them the target listens on.
@@ -77,8 +77,7 @@ impl FeedSession {
     ) -> Self {
         let flow = format!("{flow}.{consumer}.");
         Self {
-            stream: stream.to_owned(),
-            consumer,
+            ack: format!("$JS.ACK.{stream}.{consumer}.1."),
             deliver,
             listens: None,
             flow,
@@ -186,12 +185,16 @@ impl FeedSession {
         self.delivered += 1;
         reply.clear();
         let Delivery { stream_seq, time_ns, pending, .. } = delivery;
-        // Writing to memory does not fail.
-        let _ = write!(
-            reply,
-            "$JS.ACK.{}.{}.1.{stream_seq}.{}.{time_ns}.{pending}@",
-            self.stream, self.consumer, self.delivered
-        );
+        let mut number = itoa::Buffer::new();
+        reply.extend_from_slice(self.ack.as_bytes());
+        reply.extend_from_slice(number.format(*stream_seq).as_bytes());
+        reply.push(b'.');
+        reply.extend_from_slice(number.format(self.delivered).as_bytes());
+        reply.push(b'.');
+        reply.extend_from_slice(number.format(*time_ns).as_bytes());
+        reply.push(b'.');
+        reply.extend_from_slice(number.format(*pending).as_bytes());
+        reply.push(b'@');
         reply.extend_from_slice(subject);
         let amount = Amount { messages: 1, bytes: size.bytes as u64, payload: size.payload as u64 };
         self.last = FedPoint { seq: *stream_seq, time_ns: Some(*time_ns) };

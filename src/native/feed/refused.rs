@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use nats_lane::{Batch, Lane, jetstream::StreamInfo};
+use nats_lane::{Batch, Lane};
 use tokio::time::Instant;
 use tracing::warn;
 
@@ -69,8 +69,9 @@ struct OmittedMessage {
 pub(super) struct Judging<'a> {
     pub job: &'a Job,
     pub events: &'a Events,
-    pub target: &'a StreamInfo,
-    /// When the target was asked for that state.
+    /// Bytes of headers and payload that the target takes at most, by its `max_msg_size`; `None` without one.
+    pub largest: Option<usize>,
+    /// When the target was asked for that.
     pub as_of: Instant,
     /// See [`undeliverable`].
     pub splits_at_last: bool,
@@ -264,8 +265,8 @@ impl Judging<'_> {
     /// comes on top of the size.
     fn never_stored(&self, incoming: &Incoming<'_>, mapped: &[u8]) -> Option<String> {
         let (message, seq) = (&incoming.message, incoming.delivery.stream_seq);
-        let (bytes, largest) = (message.header.len() + message.payload.len(), self.target.number("max_msg_size"));
-        if largest > 0 && bytes as i64 > largest {
+        let bytes = message.header.len() + message.payload.len();
+        if let Some(largest) = self.largest.filter(|largest| bytes > *largest) {
             let name = &self.job.replication.target.stream;
             return Some(format!(
                 "source message {seq} has {bytes} bytes, and target stream `{name}` takes {largest} (`max_msg_size`)"

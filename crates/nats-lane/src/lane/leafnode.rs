@@ -332,8 +332,12 @@ fn connected() -> Error {
 }
 
 fn write_sizes(output: &mut BytesMut, header: usize, total: usize) {
-    // Writing to memory does not fail.
-    let _ = if header > 0 { write!(output, " {header} {total}\r\n") } else { write!(output, " {total}\r\n") };
+    let mut number = itoa::Buffer::new();
+    for size in [header, total].into_iter().skip(usize::from(header == 0)) {
+        output.extend_from_slice(b" ");
+        output.extend_from_slice(number.format(size).as_bytes());
+    }
+    output.extend_from_slice(b"\r\n");
 }
 
 /// A port for clients answers the first subscription with this.
