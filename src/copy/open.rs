@@ -446,7 +446,13 @@ fn assemble<'a>(
     let Lanes { replication, source, target } = lanes;
     let Found { resume, tag, .. } = found;
     let now = Instant::now();
-    let window = Window::new(resume.position, resume.target).with_after_target(resume.after_target);
+    let sent_before = resume.findings.iter().filter_map(|finding| match finding {
+        Event::SourceReset { saved, .. } | Event::TargetReset { saved, .. } => Some(*saved),
+        _ => None,
+    });
+    let window = Window::new(resume.position, resume.target)
+        .with_after_target(resume.after_target)
+        .with_sent_before(sent_before.max().unwrap_or_default());
     let gate = Gate::of(&replication.source.stream, &replication.target.stream);
     let watch = TargetWatch::new(drops, tag.clone(), target.names);
     let run = Run {

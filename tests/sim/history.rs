@@ -367,7 +367,10 @@ impl History {
     /// Somebody who was granted a lease with this epoch does a step of its work.
     pub fn acts(&mut self, instance: &'static str, epoch: u64) {
         let (greatest, by) = self.acted;
-        if epoch == greatest && by != instance && !self.plan.has(|fault| fault == Fault::LeasePutBack) {
+        // Leases that were put back or removed say nothing of a holder that has not claimed the position yet; the claims of two
+        // holders exclude each other.
+        let is_forgotten = |fault| matches!(fault, Fault::LeasePutBack | Fault::BucketGone { leases: true, .. });
+        if epoch == greatest && by != instance && !self.plan.has(is_forgotten) {
             self.breach(format!("`{by}` and `{instance}` both act with epoch {epoch}"));
         }
         if epoch < greatest && self.plan.is_lawful() {

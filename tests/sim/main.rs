@@ -239,6 +239,18 @@ fn a_durable_that_its_stream_outgrew_is_recreated() {
 }
 
 #[test]
+fn acks_of_a_durable_that_its_stream_outgrew_prove_nothing() {
+    for seed in [160_073, 170_559] {
+        run::run(seed).unwrap_or_else(|error| panic!("{error}"));
+    }
+}
+
+#[test]
+fn a_message_that_is_sent_again_may_not_be_stored() {
+    run::run(168_628).unwrap_or_else(|error| panic!("{error}"));
+}
+
+#[test]
 fn a_left_keeper_that_begins_too_late_keeps_nothing() {
     run::run(133_206).unwrap_or_else(|error| panic!("{error}"));
 }

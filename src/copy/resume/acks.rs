@@ -47,12 +47,16 @@ impl Sides<'_> {
     }
 
     /// Acknowledged messages are settled at the source, whatever else was found: they are not redelivered. This does
-    /// not hold if the source lost its end: then those were other messages.
+    /// not hold if the source lost its end, or may have done so and grown again: then those were other messages.
     pub(super) async fn not_before_acks(&mut self, resume: &mut Resume) -> Result<(), Error> {
         let Some(durable) = self.durable else { return Ok(()) };
         let floor = durable.floor(self.source);
         let lost = resume.findings.iter().any(|finding| matches!(finding, Event::SourceReset { .. }));
         if floor <= resume.position.seq || lost && durable.is_stale(self.source) {
+            return Ok(());
+        }
+        let (lane, position) = (&mut *self.source_lane, resume.position.seq);
+        if durable.may_pass_over(lane, self.replication, self.source, position).await? {
             return Ok(());
         }
         for finding in &mut resume.findings {

@@ -164,8 +164,8 @@ impl Durable {
     /// its end, and take sequences of messages that it delivered before. They are later than its last delivery. Where it
     /// does not say when that was, because its server was restarted since, or where it has never had an ack, any message
     /// there counts: those that it delivered are there as well, and to deliver them again costs nothing. (At or below the
-    /// position, the message there shows the loss.)
-    async fn may_pass_over(
+    /// position, the message there shows the loss.) If so, its ack floor says nothing of them either.
+    pub(in crate::copy) async fn may_pass_over(
         &self,
         lane: &mut Lane,
         replication: &Replication,
