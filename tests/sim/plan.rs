@@ -721,6 +721,8 @@ impl Plan {
     pub fn kept_back(&self) -> Duration {
         let parts = self.faults.iter().map(|(_, fault)| match fault {
             Fault::Slow(Side::Source, _, time) | Fault::Freeze(Side::Source, time) | Fault::Stop(_, time) => *time,
+            // What was sent into nothing counts as unanswered only then, while anything else arrives.
+            Fault::HalfOpen(Side::Source, _) => Duration::from_secs(30),
             _ => Duration::ZERO,
         });
         Duration::from_secs(1) + parts.sum::<Duration>()
