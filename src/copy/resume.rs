@@ -671,7 +671,14 @@ impl Sides<'_> {
             return Ok(false);
         }
         let later = self.point_at(before + 1).await?.time_ns;
-        let newest = self.point_at(self.source.state.last_seq).await?.time_ns;
+        let newest = match self.point_at(self.source.state.last_seq).await?.time_ns {
+            Some(newest) => Some(newest),
+            // It was acknowledged or deleted.
+            None => {
+                let stream = &self.replication.source.stream;
+                locate::newest_time(self.source_lane, stream, &self.source.state).await?
+            }
+        };
         if later.zip(newest).is_none_or(|(later, newest)| newest >= later) {
             return Ok(true);
         }

@@ -182,6 +182,24 @@ pub(in crate::copy) async fn search_time(
     Ok(first - 1)
 }
 
+/// Stored time of the newest message that a stream still has, by a binary search.
+pub(in crate::copy) async fn newest_time(
+    lane: &mut Lane,
+    stream: &str,
+    state: &StreamState,
+) -> Result<Option<i64>, nats::Error> {
+    let (mut low, mut high) = (state.first_seq.max(1), state.last_seq + 1);
+    let mut newest = None;
+    while low < high {
+        let middle = low + (high - low) / 2;
+        match Api::new(lane).message_from(stream, middle).await? {
+            Some(found) => (low, newest) = (found.sequence + 1, Some(found.time_ns)),
+            None => high = middle,
+        }
+    }
+    Ok(newest)
+}
+
 /// A sequence and the stored time of the message there.
 pub(in crate::copy) async fn point_at(
     lane: &mut Lane,
