@@ -206,7 +206,8 @@ impl<'a> Bench<'a> {
         ];
         let mut ways = vec![Way::Exclusive, Way::Pipelined, Way::FeedSource, Way::FeedMirror, Way::StopAndWait];
         ways.retain(|way| self.wants_way(*way));
-        let load = self.load(1024, 400_000, 1, 1);
+        // So many that the first second, in which the windows of the connections grow, is a small part.
+        let load = self.load(1024, 1_200_000, 1, 1);
         pair.preload(load).await?;
         let mut rows: Vec<Row> = Vec::new();
         for round in 0..self.rounds {
