@@ -54,6 +54,7 @@ use crate::{
     events::{Event, Events},
     names,
     status::{CopyStatus, State, TargetMode},
+    store::Stamps,
 };
 
 /// The inputs of a run that is opened.
@@ -245,6 +246,11 @@ impl<'a> Opener<'a> {
         positions.lost(resume.orphans, resume.only_at_target);
         let goes_back = positions.record().source.as_ref().is_some_and(|saved| resume.position.seq < saved.seq);
         streams.abilities.share(resume.mode);
+        if goes_back && positions.record().stamps.is_some_and(Stamps::has_ids) {
+            // The target may know by its id what is sent again, and does not store it. A batch does not say so, and where its
+            // messages lie is counted.
+            positions.acks_singly(Instant::now());
+        }
         if positions.has_single_acks(Instant::now()) {
             streams.abilities.ack_singly();
         }
@@ -446,13 +452,7 @@ fn assemble<'a>(
     let Lanes { replication, source, target } = lanes;
     let Found { resume, tag, .. } = found;
     let now = Instant::now();
-    let sent_before = resume.findings.iter().filter_map(|finding| match finding {
-        Event::SourceReset { saved, .. } | Event::TargetReset { saved, .. } => Some(*saved),
-        _ => None,
-    });
-    let window = Window::new(resume.position, resume.target)
-        .with_after_target(resume.after_target)
-        .with_sent_before(sent_before.max().unwrap_or_default());
+    let window = Window::new(resume.position, resume.target).with_after_target(resume.after_target);
     let gate = Gate::of(&replication.source.stream, &replication.target.stream);
     let watch = TargetWatch::new(drops, tag.clone(), target.names);
     let run = Run {

@@ -78,8 +78,6 @@ pub struct Window {
     target_limit: u64,
     /// The known target sequence does not move until this message has left too.
     keep_through: Token,
-    /// Source sequence up to which an earlier run may have sent the messages: the target may know them.
-    sent_before: u64,
 }
 
 impl Window {
@@ -95,7 +93,6 @@ impl Window {
             last_popped: 0,
             target_limit: u64::MAX,
             keep_through: 0,
-            sent_before: 0,
         }
     }
 
@@ -120,13 +117,6 @@ impl Window {
     #[must_use]
     pub fn with_after_target(self, end: Option<TargetPoint>) -> Self {
         Self { end: end.filter(|end| end.seq > self.end.seq).unwrap_or(self.end), ..self }
-    }
-
-    /// Notes up to which source sequence an earlier run may have sent the messages. A target that knows one of them by its id stores
-    /// no other, and confirms a batch without a word about that.
-    #[must_use]
-    pub fn with_sent_before(self, sent_before: u64) -> Self {
-        Self { sent_before, ..self }
     }
 
     fn locate(&mut self, target: TargetPoint) {
@@ -266,7 +256,6 @@ impl Window {
             // One that was sent again may be before others.
             Some(seq) if seq < self.end.seq => {}
             Some(seq) => self.end = TargetPoint { seq, source_seq },
-            None if source_seq <= self.sent_before => {}
             None => self.end = TargetPoint { seq: self.end.seq + 1, source_seq },
         }
         Some(Done { size: entry.size, read_at: entry.read_at })
@@ -321,14 +310,6 @@ mod tests {
         window.settle(tokens[3], Some(25)).unwrap();
         drain(&mut window);
         assert_eq!((window.target(), window.after_target()), (Some(TargetPoint { seq: 25, source_seq: 14 }), None));
-        // Perhaps it stored them before.
-        let mut window = Window::new(at(12), Some(known)).with_sent_before(13);
-        for seq in 13..=14 {
-            let token = window.hand_out(at(seq), size(5), 0, None);
-            window.settle(token, None).unwrap();
-        }
-        drain(&mut window);
-        assert_eq!(window.after_target(), Some(TargetPoint { seq: known.seq + 1, source_seq: 14 }));
         // What an earlier run left counts until a later copy is known.
         let left = TargetPoint { seq: 9, source_seq: 12 };
         let window = Window::new(at(12), Some(known)).with_after_target(Some(left));
