@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use futures_util::{StreamExt, stream};
 use serde_json::{Value, json};
+use tokio::time::{MissedTickBehavior, interval};
 
 use super::scale::{all_run, fill, stream_name};
 use crate::control::browser::Browser;
@@ -37,6 +38,8 @@ const SCROLL: &str = "new Promise(resolve => {
     requestAnimationFrame(step);
 })";
 
+/// How often a tenth of the replications gets messages.
+const UPDATED_EVERY: Duration = Duration::from_millis(500);
 /// Rounds of scrolling; one that others disturb does not count alone.
 const ROUNDS: usize = 5;
 /// CPU time of the page's main thread for one frame, in ms, in the middle of all: half of what a frame at 60 Hz has.
@@ -142,9 +145,12 @@ async fn the_page_holds_a_thousand_replications() -> Result<()> {
     opened(&mut browser, &address).await?;
     browser.until(&format!("page.rows.size === {THOUSAND}")).await?;
     println!("with one: {:.1} % of a core", busy(&site).await * 100.0);
-    // Changes all the time.
+    // A tenth of the rows changes with each update of the page. As fast as the servers can, they would take what the browser needs.
     let publishes = async {
+        let mut updates = interval(UPDATED_EVERY);
+        updates.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
+            updates.tick().await;
             let site = &site;
             let all = stream::iter(0..100).map(|index| async move { site.publish(&stream_name(index), 1..=20).await });
             all.buffer_unordered(4).collect::<Vec<_>>().await;
