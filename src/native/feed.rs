@@ -22,7 +22,7 @@ use tracing::{debug, info, warn};
 use self::{
     message::{count, skipped, splits_at_last},
     refused::{Judging, RefusalVerdict, Refusals},
-    room::MirrorRoom,
+    room::{TargetRoom, refuses_late},
     sampling::{note, replays, sampled_out},
     states::{FeedStates, FullTarget},
 };
@@ -149,9 +149,6 @@ struct Served {
     read: FedPoint,
     /// The reader is one of the stream that the target was compared with: the source said so after it was opened.
     is_of_compared: bool,
-    /// What the target has processed counts as stored only once it is seen to hold it: the source removes what is acknowledged. Others
-    /// keep it, and a target with sources asks again for what it lacks.
-    is_proven: bool,
     sampler: Option<SamplingDriver>,
 }
 
@@ -185,8 +182,8 @@ pub(super) struct Feed<'a> {
     refusals: Refusals,
     /// The target is full: it is given nothing until it has room.
     full: Option<FullTarget>,
-    /// What a mirror may be given that refuses new messages at a limit.
-    mirror_room: Option<MirrorRoom>,
+    /// What a target may be given that refuses new messages at a limit, and must be given no more.
+    target_room: Option<TargetRoom>,
     /// Generation of the position record, for dead letters.
     generation: u64,
     states: FeedStates,
@@ -245,7 +242,7 @@ impl<'a> Feed<'a> {
             renames_ids,
             refusals: Refusals::of(job.skip, why),
             full: None,
-            mirror_room: None,
+            target_room: None,
             generation: 0,
             states: FeedStates::new(now),
             position,
@@ -438,11 +435,19 @@ impl<'a> Feed<'a> {
         let now = Instant::now();
         let Some(processed) = served.session.answered(subject, header, now) else { return };
         self.times.stored = now;
-        if !served.is_proven
-            && let Some((amount, last)) = served.session.holds(processed.seq)
+        if !self.is_proven()
+            && let Some((amount, last)) = self.session.as_mut().and_then(|served| served.session.holds(processed.seq))
         {
             self.stored(amount, last);
         }
+    }
+
+    /// Whether what the target has processed counts as stored only once it is seen to hold it: where the source removes what is
+    /// acknowledged, and where the target may still refuse it. Otherwise the source keeps it, and a target with sources asks again for
+    /// what it lacks.
+    fn is_proven(&self) -> bool {
+        let is_mirror = self.kind == NativeKind::Mirror;
+        is_mirror || Durable::is_needed(&self.source_info) || refuses_late(&self.target_info)
     }
 
     /// The target holds so much more, up to this message.
@@ -526,9 +531,8 @@ impl<'a> Feed<'a> {
         (self.times.waits, self.times.stored, self.times.heartbeat) = (now, now, now + HEARTBEAT);
         (self.position, self.compared) = (before, true);
         self.given = self.given.max(Some(before.seq));
-        let is_proven = self.kind == NativeKind::Mirror || Durable::is_needed(&self.source_info);
         let is_of_compared = false;
-        self.session = Some(Served { session, leaf: over, reader, read: before, is_of_compared, is_proven, sampler });
+        self.session = Some(Served { session, leaf: over, reader, read: before, is_of_compared, sampler });
         self.copy.metered.consumers += 1;
         // Asked without waiting: a durable consumer delivers already.
         self.ask_states(now);
@@ -645,7 +649,7 @@ impl<'a> Feed<'a> {
             }
             let skipped = verdict.skipped();
             let bytes = incoming.bytes();
-            if skipped.is_none() && self.mirror_room.as_mut().is_some_and(|room| !room.take(bytes)) {
+            if skipped.is_none() && self.target_room.as_mut().is_some_and(|room| !room.take(bytes)) {
                 (waits, lacks) = (true, session.is_settled().then_some(bytes));
                 break;
             }

@@ -1,7 +1,8 @@
 //! Whether a target has room: one that is full refuses every message, which says nothing about the message. Pure.
 //!
 //! A mirror is given no more than it has room for. Its server counts each refused message as a shift of the sequences that it expects
-//! (`clfs` in `processJetStreamMsg` of nats-server, 2.10 to 2.15), and stores nothing until it restarts.
+//! (`clfs` in `processJetStreamMsg` of nats-server, 2.10 to 2.15), and stores nothing until it restarts. Nor is a replicated stream: its
+//! leader checks the limits once the replicas have agreed on a message, and then asks for none again.
 
 use nats_lane::jetstream::StreamInfo;
 
@@ -26,14 +27,19 @@ pub(super) fn lacks_room(info: &StreamInfo, bytes: usize) -> Option<String> {
     Some(format!("it has {} bytes, the next message has {bytes}, and `max_bytes` is {most}", state.bytes))
 }
 
-/// What a mirror that refuses new messages at a limit may still be given.
+/// Whether a stream refuses new messages at a limit after it has answered for them, as replicated ones do.
+pub(super) fn refuses_late(info: &StreamInfo) -> bool {
+    info.text("discard") == "new" && info.number("num_replicas") > 1
+}
+
+/// What a target that refuses new messages at a limit may still be given.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct MirrorRoom {
+pub(super) struct TargetRoom {
     messages: u64,
     bytes: u64,
 }
 
-impl MirrorRoom {
+impl TargetRoom {
     /// The room of a stream while so much is on its way to it, of which it may have stored a part; `None` without a limit.
     pub fn of(info: &StreamInfo, in_flight: Amount) -> Option<Self> {
         let limit = |name: &str| u64::try_from(info.number(name)).ok().filter(|limit| *limit > 0);
@@ -105,12 +111,12 @@ mod tests {
     #[test]
     fn a_mirror_is_given_what_it_has_room_for() {
         let on_the_way = |messages, bytes| Amount { messages, bytes, payload: 0 };
-        let mut room = MirrorRoom::of(&stream("new", 10, -1, 5, 0), on_the_way(3, 30)).unwrap();
+        let mut room = TargetRoom::of(&stream("new", 10, -1, 5, 0), on_the_way(3, 30)).unwrap();
         assert_eq!([0; 3].map(|_| room.take(1_000)), [true, true, false]);
-        let mut room = MirrorRoom::of(&stream("new", -1, 10_000, 5, 5_000), on_the_way(2, 1_000)).unwrap();
+        let mut room = TargetRoom::of(&stream("new", -1, 10_000, 5, 5_000), on_the_way(2, 1_000)).unwrap();
         assert_eq!([0; 3].map(|_| room.take(1_000)), [true, true, false]);
         for unlimited in [stream("new", -1, -1, 5, 0), stream("old", 5, 5, 5, 5)] {
-            assert_eq!(MirrorRoom::of(&unlimited, Amount::default()), None);
+            assert_eq!(TargetRoom::of(&unlimited, Amount::default()), None);
         }
     }
 

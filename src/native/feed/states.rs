@@ -15,7 +15,7 @@ use tracing::{debug, warn};
 
 use super::{
     ASKED_AGAIN, Feed, POKE_EVERY, Served, held,
-    room::{MirrorRoom, lacks_room},
+    room::{TargetRoom, lacks_room, refuses_late},
 };
 use crate::{
     config::NativeKind,
@@ -108,14 +108,14 @@ impl Feed<'_> {
         Ok(true)
     }
 
-    /// How much a mirror may be given, by what is known of it.
+    /// How much a target may be given that loses what it has no room for, by what is known of it.
     fn measure_room(&mut self) {
         let in_flight = self.session.as_ref().map(|served| served.session.in_flight()).unwrap_or_default();
-        let is_mirror = self.kind == NativeKind::Mirror;
-        self.mirror_room = is_mirror.then(|| MirrorRoom::of(&self.target_info, in_flight)).flatten();
+        let is_measured = self.kind == NativeKind::Mirror || refuses_late(&self.target_info);
+        self.target_room = is_measured.then(|| TargetRoom::of(&self.target_info, in_flight)).flatten();
     }
 
-    /// A mirror has no room for the next message, and everything before it is stored: it is full, or to be asked again.
+    /// The target has no room for the next message, and everything before it is stored: it is full, or to be asked again.
     pub(super) fn lacks_room_for(&mut self, bytes: usize) {
         match lacks_room(&self.target_info, bytes) {
             Some(why) => self.is_full(bytes, &why),

@@ -60,6 +60,13 @@ pub(in crate::native) fn check(
     if info.has("mirror") {
         return Err(Error::hold(format!("target stream `{name}` is a mirror, which can have no sources")));
     }
+    if info.flag("discard_new_per_subject") && info.number("num_replicas") > 1 {
+        return Err(Error::hold(format!(
+            "target stream `{name}` has {} replicas and refuses new messages of a subject (`discard_new_per_subject`): its leader does \
+             that after it has confirmed them, and they would be lost; switch that off, or use a replication of kind `copy`",
+            info.number("num_replicas")
+        )));
+    }
     let mut ours = sources(&info.config).filter(|source| is_ours(source, subjects));
     let Some(source) = ours.next() else { return Ok(Fit::Lacks) };
     let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
@@ -175,6 +182,7 @@ mod tests {
             assert!(error.contains(expect), "{error}");
         };
         check(json!({"mirror": {"name": "S"}}), "is a mirror");
+        check(json!({"discard_new_per_subject": true, "num_replicas": 3}), "has 3 replicas and refuses new messages");
         check(json!({"sources": [entry("O", &subjects(), false)]}), "a source `O`");
         check(json!({"sources": [entry("S", &subjects(), false), entry("S", &subjects(), false)]}), "several sources");
         let mut elsewhere = entry("S", &subjects(), false);

@@ -17,6 +17,7 @@ use super::native_faults::{ASKS_WITHIN, equal, load_until};
 use crate::harness::{
     Cluster, End, LIMIT, SITE, Server, Site,
     client::{http_get, request},
+    site::merged,
     wait_for,
 };
 
@@ -160,4 +161,46 @@ async fn each_named_server_has_one_connection() -> Result<()> {
     let log = fed.site.service.log();
     ensure!(!log.contains("another feed of this replication took over"), "{log}");
     fed.finish().await
+}
+
+/// A replicated target that refuses new messages at a limit checks the limit when its replicas agree on a message. What it was given
+/// beyond the limit would be lost without a word: it is given no more than it has room for.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_replicated_target_loses_nothing() -> Result<()> {
+    const ALL: u64 = 400;
+    for (version, limit) in [("2.15.1", json!({"max_msgs": 100})), ("2.12.8", json!({"max_bytes": 20_000}))] {
+        let (cluster, leaf_url) = Cluster::with_leafnode_ports_of(Some(version)).await?;
+        let site = Site::small().await?;
+        site.source_stream(STREAM, json!({})).await?;
+        site.publish(STREAM, 1..=ALL).await?;
+        let subjects = FeedSubjects::of(SITE, STREAM);
+        let origin = json!({"name": STREAM, "external": {"api": subjects.api(), "deliver": subjects.deliver()}});
+        let config = merged(json!({"sources": [origin], "discard": "new"}), limit);
+        cluster.create_stream(STREAM, config).await?;
+        site.add(STREAM, json!({"kind": "source", "target_url": cluster.url(), "target_leaf_url": leaf_url})).await?;
+        let mut found: Vec<u64> = Vec::new();
+        while found.last().is_none_or(|last| *last < ALL) {
+            let full_or_done = async || {
+                let row = site.row(STREAM).await.unwrap_or_default();
+                let error = row["last_error"]["message"].as_str().unwrap_or_default();
+                let stops = row["state"] == "held" && error.contains("is full") || row["position"]["source_seq"] == ALL;
+                let info = cluster.ask(&format!("STREAM.INFO.{STREAM}"), &Value::Null).await.unwrap_or_default();
+                // The row may be one from before there was room.
+                stops && info["state"]["messages"].as_u64().is_some_and(|messages| messages > 0)
+            };
+            let waited = wait_for("the target to be full", ASKS_WITHIN, full_or_done).await;
+            waited.with_context(|| format!("{version}, {} found\n{}", found.len(), site.service.log()))?;
+            let stored = cluster.read_stream(STREAM).await?;
+            for message in &stored {
+                found.push(String::from_utf8_lossy(&message.payload).parse()?);
+            }
+            // Consumers take what is there.
+            let last = stored.last().with_context(|| format!("{version}\n{}", site.service.log()))?.seq;
+            let purged = cluster.ask(&format!("STREAM.PURGE.{STREAM}"), &json!({"seq": last + 1})).await;
+            ensure!(purged.as_ref().is_some_and(|purged| purged["success"] == true), "{purged:?}");
+        }
+        let wrong = found.iter().zip(1..).find(|(found, expect)| **found != *expect);
+        ensure!(found.len() as u64 == ALL && wrong.is_none(), "{version}: {} found, {wrong:?}", found.len());
+    }
+    Ok(())
 }
