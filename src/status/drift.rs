@@ -70,7 +70,11 @@ impl KnownDrift {
     }
 }
 
-/// The value of a setting, as the `nats` tool shows it: durations are no nanoseconds.
+/// The settings in which the server writes "no limit" as -1.
+const UNLIMITED_AT_MINUS_ONE: [&str; 5] =
+    ["max_bytes", "max_consumers", "max_msg_size", "max_msgs", "max_msgs_per_subject"];
+
+/// The value of a setting, as the `nats` tool shows it: durations are no nanoseconds, and no limit is a word.
 pub fn setting_words(field: &str, value: &Value) -> String {
     match (field, value) {
         (_, Value::Null) => "-".to_owned(),
@@ -80,6 +84,9 @@ pub fn setting_words(field: &str, value: &Value) -> String {
             Some(nanoseconds) => duration(nanoseconds),
             None => value.to_string(),
         },
+        (field, value) if UNLIMITED_AT_MINUS_ONE.contains(&field) && value.as_i64() == Some(-1) => {
+            "unlimited".to_owned()
+        }
         (_, value) => value.to_string(),
     }
 }
@@ -160,6 +167,17 @@ mod tests {
         assert_eq!(setting_words("max_bytes", &SECOND.into()), "1000000000");
         assert_eq!(setting_words("max_age", &(-1).into()), "-1");
         assert_eq!(setting_words("storage", &"file".into()), "file");
+    }
+
+    #[test]
+    fn no_limit_is_the_word_of_the_nats_tool() {
+        for field in ["max_bytes", "max_consumers", "max_msg_size", "max_msgs", "max_msgs_per_subject"] {
+            assert_eq!(setting_words(field, &(-1).into()), "unlimited");
+            assert_eq!(setting_words(field, &0.into()), "0");
+            assert_eq!(setting_words(field, &5.into()), "5");
+        }
+        // In any other setting the number has no such meaning.
+        assert_eq!(setting_words("first_seq", &(-1).into()), "-1");
     }
 
     #[test]
