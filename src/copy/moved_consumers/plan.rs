@@ -23,6 +23,8 @@ const OWN_LABELS: [&str; 2] = ["stream-replicator.instance", "stream-replicator.
 const OF_SERVER: &str = "_nats.";
 /// Names that the service gives its own consumers.
 const OWN_PREFIX: &str = "sr_";
+/// What servers may write into a field for a time that is not set.
+const NO_TIME: &str = "0001-01-01T00:00:00Z";
 
 /// The consumers that are moved.
 #[derive(Debug, Clone, Default)]
@@ -111,6 +113,7 @@ pub(super) fn imported(config: &Value, owner: &ConsumerOwner, position: u64, sta
 fn placed(mut config: Map<String, Value>, owner: &ConsumerOwner, at: &ConsumerStart<'_>) -> Value {
     config.remove("opt_start_time");
     config.remove("opt_start_seq");
+    config.retain(|_, value| value != NO_TIME);
     let mut metadata = own_metadata(&config);
     config.insert("deliver_policy".into(), "by_start_sequence".into());
     config.insert("metadata".into(), metadata.clone().into());
@@ -288,6 +291,9 @@ mod tests {
         let other = consumer(json!({"name": "a", "config": other}));
         assert!(!is_same(&there, &target_config(&other, &renamed, &owner, &at).unwrap()));
         assert_eq!(released(&made)["metadata"], json!({"team": "x"}));
+        let mut never_paused = one.config.clone();
+        never_paused["pause_until"] = NO_TIME.into();
+        assert_eq!(imported(&never_paused, &owner, 40, 7).get("pause_until"), None);
     }
 
     #[test]
