@@ -132,7 +132,7 @@ fn confirm(id: &str, out: &Output) -> Result<(), Error> {
 /// Waits for the end of a job, of the newest one by default.
 async fn follow(client: &Client, args: &Args, job: Option<&str>, out: &mut Output) -> Result<CommandVerdict, Error> {
     let named = NamedRequest { replication: args.id.clone() };
-    let mut before: Option<(Instant, u64)> = None;
+    let (mut before, mut interrupted): (Option<(Instant, u64)>, _) = (None, None);
     loop {
         let reply: Reply<VerifyShown> = client.query("verify.status", &named).await?;
         let newest = reply.value.verification.as_ref();
@@ -147,6 +147,13 @@ async fn follow(client: &Client, args: &Args, job: Option<&str>, out: &mut Outpu
             out.progress("");
             out.reply(&reply, shown_words);
             return Ok(verdict(reply.value.verification.as_ref()));
+        }
+        if let Some(newest) = mine
+            && newest.error != interrupted
+        {
+            out.progress("");
+            out.note(&clean(&interruption_words(&args.id, newest.error.as_deref())));
+            interrupted.clone_from(&newest.error);
         }
         if let Some(newest) = mine.filter(|_| out.shows_progress()) {
             let now = Instant::now();
@@ -165,6 +172,10 @@ fn verdict(verification: Option<&Verification>) -> CommandVerdict {
         Some(found) if found.findings > 0 || found.state == VerificationState::Failed => CommandVerdict::Bad,
         _ => CommandVerdict::Good,
     }
+}
+
+fn interruption_words(id: &str, error: Option<&str>) -> String {
+    error.map_or_else(|| format!("{id}: continues"), |error| format!("{id}: cannot continue now: {error}"))
 }
 
 fn progress_words(found: &Verification, rate: Option<f64>) -> String {
@@ -213,7 +224,9 @@ fn state_words(id: &str, found: &Verification) -> String {
     match found.state {
         VerificationState::Waiting => format!("{id}: waits for the leader"),
         VerificationState::Running => {
-            format!("{id}: is being compared{at}, {} so far", counted(found.findings, "difference"))
+            let why =
+                found.error.as_ref().map(|error| format!("; it cannot continue now: {error}")).unwrap_or_default();
+            format!("{id}: is being compared{at}, {} so far{why}", counted(found.findings, "difference"))
         }
         VerificationState::Done if found.findings == 0 => format!("{id}: no differences{at}"),
         VerificationState::Done => format!("{id}: {}{at}", counted(found.findings, "difference")),

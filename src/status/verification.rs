@@ -75,7 +75,7 @@ pub struct Verification {
     /// What a repair did; `null` where none was requested.
     #[serde(default)]
     pub repaired: Option<RepairResult>,
-    /// Why it failed.
+    /// Why it failed, or while it is running why it cannot continue now.
     #[serde(default)]
     pub error: Option<String>,
     /// The result of the one before that was done.

@@ -165,6 +165,7 @@ impl<'a> StreamComparison<'a> {
             return Err(error);
         }
         debug!(replication = self.job.replication.id, "comparing is tried again: {error}");
+        self.show(|record| record.error = Some(error.to_string()));
         sleep(AGAIN).await;
         Ok(())
     }
@@ -372,11 +373,12 @@ impl<'a> StreamComparison<'a> {
         self.show(|record| record.position = record.position.max(position));
     }
 
-    /// Shows what was found so far.
+    /// Shows what was found so far, and that it continues.
     pub fn show(&mut self, change: impl FnOnce(&mut crate::status::Verification)) {
         let differences: Vec<_> =
             self.merge.differences().filter_map(super::ranges::DifferenceList::difference).collect();
         self.progress.send_modify(|record| {
+            record.error = None;
             change(record);
             record.source_messages = self.merge.source_messages;
             record.target_messages = self.merge.target_messages;

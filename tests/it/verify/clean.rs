@@ -154,8 +154,7 @@ async fn others_at_an_auto_target_are_expected() -> Result<()> {
     // The copy finds it.
     site.source().await?.publish_all((501..=510).map(message)).await?;
     site.settled(ID, 510).await?;
-    let row = site.row(ID).await.context("a row")?;
-    assert_eq!(row["target_mode"], "shared", "{row:#}");
+    site.row_when(ID, "shares the target", |row| row["target_mode"] == "shared").await?;
     let found = verified(&site, ID, json!({})).await?;
     clean(&found, &site)?;
     assert_eq!(found["expected"], json!({"other_writer": 1}), "{found:#}");

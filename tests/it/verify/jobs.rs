@@ -118,3 +118,29 @@ async fn a_mark_by_hand_compares_and_a_deletion_forgets() -> Result<()> {
     assert_eq!(positions.get("ORDERS/verify").await?, None);
     Ok(())
 }
+
+/// A side that cannot be reached is named while the job waits for it.
+#[tokio::test]
+async fn a_side_that_is_away_is_named() -> Result<()> {
+    let mut site = Site::small().await?;
+    copied(&site, json!({}), 2_000).await?;
+    let slow = json!({"replication": ID, "rate": 500});
+    let started = request(&site.client, "replicator.verify", slow).await?;
+    wait_for("the comparison to be under way", LIMIT, async || {
+        shown(&site, ID).await.is_ok_and(|found| found["source_messages"].as_u64() > Some(0))
+    })
+    .await?;
+    site.target.kill()?;
+    let names = |found: &Value| found["error"].as_str().is_some_and(|error| error.starts_with("target: "));
+    wait_for("the target to be named", LIMIT, async || {
+        shown(&site, ID).await.is_ok_and(|found| found["state"] == "running" && names(&found))
+    })
+    .await?;
+    let text = site.cli().ok(["verify", ID, "--status"]).await?;
+    assert!(text.contains("it cannot continue now: target: "), "{text}");
+    site.target.restart().await?;
+    let found = ended(&site, ID, &started["job"]).await?;
+    clean(&found, &site)?;
+    assert_eq!((&found["error"], &found["source_messages"]), (&Value::Null, &json!(2_000)), "{found:#}");
+    Ok(())
+}
