@@ -466,7 +466,8 @@ fn assemble<'a>(
             plain: is_plain(&replication, &streams.source),
             reported_first: streams.source.state.first_seq,
             info: streams.source,
-            polls: StatePolls::new(now),
+            // Opening a run may take long.
+            polls: StatePolls::new(streams.clock.heard_at()),
             retention: Retention::default(),
             poll_history: PollHistory::default(),
             watchdog: Watchdog::new(now, resume.position.seq),

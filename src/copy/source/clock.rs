@@ -52,6 +52,11 @@ impl SourceClock {
         Self { at: heard.received, least, most, reported: heard.server.is_some() }
     }
 
+    /// When the newest answer was received.
+    pub fn heard_at(&self) -> Instant {
+        self.at
+    }
+
     /// Follows a later answer.
     pub fn hear(&mut self, heard: &ClockReading) {
         let next = Self::new(heard);
