@@ -385,14 +385,6 @@ impl<'a> Feed<'a> {
 
     /// Handles messages of a leafnode connection; returns the newest request for a consumer, which is still to be served.
     fn hear_target(&mut self, over: LeafKey, batch: &Batch) -> Option<Result<ConsumerRequest, Unserved>> {
-        let prefix = format!("{}.", self.subjects.deliver());
-        for (subject, begins) in self.leaves.hear(over, &prefix) {
-            let Some(served) = self.session.as_mut().filter(|served| served.leaf == over) else { continue };
-            if served.session.hear(&subject, begins) && !begins {
-                debug!(replication = self.job.replication.id, "the target has ended its consumer");
-                self.end_session();
-            }
-        }
         let (api, mut newest) = (self.subjects.api(), None);
         for message in batch.iter() {
             match request::read(&api, message.subject, message.reply, message.payload) {
@@ -403,6 +395,15 @@ impl<'a> Feed<'a> {
                     }
                 }
                 None => self.settle(message.subject, message.header),
+            }
+        }
+        // After the answers, which may be for a consumer that ends in the same batch.
+        let prefix = format!("{}.", self.subjects.deliver());
+        for (subject, begins) in self.leaves.hear(over, &prefix) {
+            let Some(served) = self.session.as_mut().filter(|served| served.leaf == over) else { continue };
+            if served.session.hear(&subject, begins) && !begins {
+                debug!(replication = self.job.replication.id, "the target has ended its consumer");
+                self.end_session();
             }
         }
         newest
@@ -476,7 +477,7 @@ impl<'a> Feed<'a> {
     fn end_session(&mut self) {
         if let Some(Served { session, reader, .. }) = self.session.take() {
             reader.close(&mut self.source);
-            self.refusals.ended(session.delivered() > 0);
+            self.refusals.ended(session.delivered() > 0 && session.is_taken());
             self.given = self.given.max(Some(session.last().seq));
         }
         let now = Instant::now();
@@ -659,6 +660,9 @@ impl<'a> Feed<'a> {
             if skipped.is_some() {
                 reader.take();
                 continue;
+            }
+            if let Some((reply, header)) = session.greeting() {
+                leaf.send(subject, reply.as_bytes(), header, b"");
             }
             self.refusals.gives(&incoming, session.delivered() == 0);
             session.deliver(&delivery, mapped, size, &mut self.reply);

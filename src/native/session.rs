@@ -14,6 +14,8 @@ use super::window::{Amount, FeedWindow};
 use crate::copy::MessageSize;
 
 const FLOW_CONTROL: &[u8] = b"NATS/1.0 100 FlowControl Request\r\n\r\n";
+/// Number of the flow control message before the first delivery.
+const GREETING: u64 = 0;
 /// A number of deliveries that no consumer has reached.
 const NEVER_REACHED: u64 = 1 << 60;
 
@@ -51,6 +53,9 @@ pub(super) struct FeedSession {
     listens: Option<usize>,
     /// What the subjects of flow control answers begin with, with their dot.
     flow: String,
+    /// Whether the target has answered for this consumer: before that, it may have lost the answer to its request, and listen for a
+    /// sign of life alone.
+    is_taken: bool,
     delivered: u64,
     last: FedPoint,
     /// Since the last flow control message.
@@ -81,6 +86,7 @@ impl FeedSession {
             deliver,
             listens: None,
             flow,
+            is_taken: false,
             delivered: 0,
             last: before,
             open: FeedPart::default(),
@@ -208,6 +214,16 @@ impl FeedSession {
         self.in_flight.add(amount);
     }
 
+    /// Whether the target is known to have this consumer.
+    pub fn is_taken(&self) -> bool {
+        self.is_taken
+    }
+
+    /// A flow control message before the first delivery, as its reply subject and header: a target that has this consumer answers it.
+    pub fn greeting(&self) -> Option<(String, &'static [u8])> {
+        (self.delivered == 0).then(|| (format!("{}{GREETING}", self.flow), FLOW_CONTROL))
+    }
+
     /// The flow control message that is due, as its reply subject and header: at the end of a part, and where no more
     /// messages wait, unless one is on its way already.
     pub fn flow_control(&mut self, dry: bool, now: Instant) -> Option<(String, &'static [u8])> {
@@ -228,6 +244,7 @@ impl FeedSession {
     /// how many they have taken.
     pub fn answered(&mut self, subject: &[u8], header: &[u8], now: Instant) -> Option<FedPoint> {
         let answered = number(subject.strip_prefix(self.flow.as_bytes())?)?;
+        self.is_taken = true;
         let count =
             (answered + 1).checked_sub(self.first).filter(|count| (1..=self.parts.len() as u64).contains(count))?;
         let taken = headers::last(header, b"Nats-Last-Consumer").and_then(number);
@@ -326,6 +343,9 @@ mod tests {
         assert_eq!(asked, ["F.C.1", "F.C.2", "F.C.3", "F.C.4"]);
         assert_eq!(session.in_flight(), Amount { messages: 8, bytes: 800, payload: 720 });
         assert_eq!(session.answered(b"F.X.1", b"", now), None);
+        assert!(!session.is_taken() && session.greeting().is_none());
+        assert_eq!(session.answered(b"F.C.0", b"", now), None, "nothing was delivered before it");
+        assert!(session.is_taken());
         assert_eq!(session.answered(b"F.C.5", b"", now), None);
         assert_eq!(session.answered(b"F.C.2", b"", now).unwrap().seq, 14);
         assert_eq!((session.unproven().messages, session.in_flight().messages), (4, 8));

@@ -144,9 +144,7 @@ impl FeedPlan {
             self.inspect = Some(Duration::from_millis(random.random_range(1_000..20_000)));
         }
         let mut random = world.aside(24);
-        // A mirror confirms a message that it refuses, and sampling takes that for a copy until the target asks again: the next
-        // messages of that sender are skipped. Such plans are not drawn.
-        if random.random_range(0..5) == 0 && !(self.is_mirror && self.inspect.is_some()) {
+        if random.random_range(0..5) == 0 {
             let what = if random.random() { Unstorable::Header } else { Unstorable::Large };
             let all = [OnReject::Hold, OnReject::Skip, OnReject::DeadLetter];
             self.refuses = Some(Refuses { what, on_reject: all[random.random_range(0..all.len())] });
@@ -168,7 +166,7 @@ impl FeedPlan {
             self.faults.sort_by_key(|(at, _)| *at);
         }
         let mut random = world.aside(26);
-        if random.random_range(0..10) == 0 && self.refuses.is_none() && !(self.is_mirror && self.inspect.is_some()) {
+        if random.random_range(0..10) == 0 && self.refuses.is_none() {
             let full = Fault::Full(Duration::from_millis(random.random_range(0..30_000)));
             self.faults.push((Duration::from_millis(random.random_range(0..60_000)), full));
             self.faults.sort_by_key(|(at, _)| *at);

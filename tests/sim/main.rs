@@ -110,6 +110,11 @@ fn a_durable_consumer_is_fed_as_soon_as_the_feed_is_back() {
 }
 
 #[test]
+fn what_no_consumer_takes_is_not_refused() {
+    feeds(370..=370, feed_plan::FeedPlan::draw);
+}
+
+#[test]
 fn a_feed_samples_the_same_over_crashes() {
     feeds(1..=60, feed_plan::FeedPlan::sampled);
 }
@@ -152,6 +157,7 @@ fn a_killed_reader_takes_nothing_with_it() {
 
 #[test]
 fn a_clock_that_is_set_back_makes_no_message_older() {
+    run::run(330_724).unwrap_or_else(|error| panic!("{error}"));
     for seed in 1..=60 {
         run::run_plan(seed, plan::Plan::set_back).unwrap_or_else(|error| panic!("{error}"));
     }

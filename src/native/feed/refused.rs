@@ -110,7 +110,7 @@ impl Refusals {
         }
     }
 
-    /// A consumer ended that was given something, or nothing.
+    /// A consumer ended that the target had and that was given something, or not.
     pub fn ended(&mut self, delivered: bool) {
         self.delivered |= delivered;
     }
