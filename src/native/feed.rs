@@ -432,7 +432,7 @@ impl<'a> Feed<'a> {
 
     /// A message of the target on a subject that is no request: perhaps a flow control answer.
     fn settle(&mut self, subject: &[u8], header: &[u8]) {
-        let Some(served) = &mut self.session else { return };
+        let Some(served) = &mut self.session else { return self.refusals.hear(subject) };
         let now = Instant::now();
         let Some(processed) = served.session.answered(subject, header, now) else { return };
         self.times.stored = now;
@@ -477,7 +477,9 @@ impl<'a> Feed<'a> {
     fn end_session(&mut self) {
         if let Some(Served { session, reader, .. }) = self.session.take() {
             reader.close(&mut self.source);
-            self.refusals.ended(session.delivered() > 0 && session.is_taken());
+            if session.delivered() > 0 {
+                self.refusals.ended(session.is_taken(), session.answers());
+            }
             self.given = self.given.max(Some(session.last().seq));
         }
         let now = Instant::now();

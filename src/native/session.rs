@@ -219,6 +219,11 @@ impl FeedSession {
         self.is_taken
     }
 
+    /// What the subjects of its flow control answers begin with.
+    pub fn answers(&self) -> &[u8] {
+        self.flow.as_bytes()
+    }
+
     /// A flow control message before the first delivery, as its reply subject and header: a target that has this consumer answers it.
     pub fn greeting(&self) -> Option<(String, &'static [u8])> {
         (self.delivered == 0).then(|| (format!("{}{GREETING}", self.flow), FLOW_CONTROL))

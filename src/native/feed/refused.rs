@@ -31,8 +31,11 @@ pub(super) struct Refusals {
     start: u64,
     times: u32,
     suspect: Option<SourceMessage>,
-    /// A consumer was given something since the last request.
+    /// A consumer that the target had was given something since the last request.
     delivered: bool,
+    /// What the answers begin with of the last consumer that was given something and ended before the target answered: its server may
+    /// send them after it has ended the consumer.
+    unanswered: Option<Vec<u8>>,
     /// The first message that the newest consumer was given.
     first: Option<FirstGiven>,
     /// Refused for good: `on_reject` is applied when it is read.
@@ -110,9 +113,18 @@ impl Refusals {
         }
     }
 
-    /// A consumer ended that the target had and that was given something, or not.
-    pub fn ended(&mut self, delivered: bool) {
-        self.delivered |= delivered;
+    /// A consumer ended that was given something. Unless the target is known to have had it, an answer of it may still arrive.
+    pub fn ended(&mut self, is_taken: bool, answers: &[u8]) {
+        if is_taken {
+            self.delivered = true;
+        } else {
+            self.unanswered = Some(answers.to_vec());
+        }
+    }
+
+    /// A message of the target arrived while it has no consumer: perhaps an answer for the one that ended.
+    pub fn hear(&mut self, subject: &[u8]) {
+        self.delivered |= self.unanswered.take_if(|answers| subject.starts_with(answers)).is_some();
     }
 
     /// The target has stored something, up to this source sequence: it does not ask for messages before that again.
@@ -124,7 +136,8 @@ impl Refusals {
 
     /// What was given and not stored was not refused.
     pub fn forget(&mut self) {
-        (self.start, self.times, self.suspect, self.delivered) = (0, 0, None, false);
+        (self.start, self.times, self.suspect) = (0, 0, None);
+        (self.delivered, self.unanswered) = (false, None);
     }
 
     /// When a message was noticed that the target cannot store by what is known of it.
@@ -144,6 +157,7 @@ impl Refusals {
             self.is_row = false;
         }
         let delivered = std::mem::take(&mut self.delivered);
+        self.unanswered = None;
         let first = self.first.as_ref().map(|first| first.message).filter(|_| delivered);
         if first.is_none() || start != self.start || first != self.suspect {
             (self.start, self.times, self.suspect) = (start, u32::from(delivered), first);
@@ -358,7 +372,7 @@ mod tests {
     fn given(refusals: &mut Refusals, seq: u64) {
         let message = SourceMessage { seq, time_ns: 1 };
         refusals.first = Some(FirstGiven { message, subject: "a".to_owned(), bytes: 2 });
-        refusals.ended(true);
+        refusals.ended(true, b"F.");
     }
 
     fn refused(refusals: &mut Refusals, start: u64) -> Option<u64> {
@@ -375,6 +389,20 @@ mod tests {
         }
         given(&mut refusals, 9);
         assert_eq!(refused(&mut refusals, 7), Some(9));
+    }
+
+    #[test]
+    fn what_no_consumer_has_taken_is_not_refused() {
+        let mut refusals = Refusals::default();
+        for answered in [false, false, false, true, true, true] {
+            given(&mut refusals, 9);
+            refusals.delivered = false;
+            refusals.ended(false, b"F.C.");
+            refusals.hear(if answered { b"F.C.0" } else { b"F.B.0" });
+            let is_last = answered && refusals.times == REFUSED - 1;
+            assert_eq!(refused(&mut refusals, 7), is_last.then_some(9));
+        }
+        assert!(refusals.times == REFUSED);
     }
 
     #[test]
