@@ -89,7 +89,7 @@ impl Run<'_> {
         let consumer = match info {
             Ok(info) => {
                 if let Some(reader) = self.source.reader.plain_mut()
-                    && info.delivered.stream_seq <= reader.delivered()
+                    && info.delivered.consumer_seq <= reader.deliveries()
                 {
                     // Pending messages may have been removed, by age or by hand.
                     reader.correct_pending(info.num_pending);

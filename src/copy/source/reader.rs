@@ -316,6 +316,12 @@ impl Reader {
         self.accepted
     }
 
+    /// How many messages its consumer delivered. A consumer with filters counts the stream's sequences that it passed over as
+    /// delivered, and no message of them arrives.
+    pub fn deliveries(&self) -> u64 {
+        self.consumer_seq
+    }
+
     /// Corrects the number of messages that wait after the newest one delivered.
     pub fn correct_pending(&mut self, pending: u64) {
         self.pending = pending;

@@ -277,6 +277,22 @@ impl Reporting {
     }
 }
 
+/// The consumer of a run that begins where the source has removed messages counts these as delivered, and none of them arrives: it
+/// has no more to deliver all the same, and the senders are silent.
+#[tokio::test]
+async fn all_senders_are_missed_behind_a_purge() -> Result<()> {
+    let fields = json!({"inspect_duration": "1h", "warn_duration": "2s", "filter_subjects": ["nodes.report"]});
+    let mut site = advised_site(fields).await?;
+    publish(&site, [report("quiet", 1)]).await?;
+    advisory(&site, "new", "quiet").await?;
+    site.service.kill()?;
+    publish(&site, (0..500).map(|number| Outgoing::new("nodes.other", number.to_string()))).await?;
+    site.source().await?.api("STREAM.PURGE.NODES", json!({"seq": 400})).await?;
+    site.service.restart().await?;
+    advisory(&site, "timeout", "quiet").await?;
+    Ok(())
+}
+
 #[tokio::test]
 async fn senders_that_come_go_and_return_are_told_of_once() -> Result<()> {
     let site = advised_site(json!({"inspect_duration": "10s", "warn_duration": "2s"})).await?;
