@@ -578,11 +578,13 @@ fn without_values(error: &str) -> String {
         _ => error.to_owned(),
     };
     let is_name = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'_';
+    // Of flattened fields the text names none that is expected, and has a position.
     if let Some((start, rest)) = error.split_once("unknown field `")
-        && let Some((field, rest)) = rest.split_once("`, expected")
+        && let Some((field, rest)) = rest.split_once("`, expected").or_else(|| rest.rsplit_once('`'))
         && !field.bytes().all(is_name)
     {
-        text = format!("{start}unknown field, expected{rest}");
+        let expected = if error.contains("`, expected") { ", expected" } else { "" };
+        text = format!("{start}unknown field{expected}{rest}");
     }
     text
 }
@@ -657,6 +659,15 @@ mod tests {
         check(br#"{"nats://u:p@h":"A"}"#, "unknown field, expected `replication` or `keep`");
         check(br#"{"replication":"A","keep":"nats://\"u\":p@h"}"#, "string \"...\", expected a boolean");
         check(b"{}", "missing field `replication`");
+    }
+
+    #[test]
+    fn an_error_quotes_no_unknown_field_that_is_no_name() {
+        let check = |error: &str, expect: &str| assert_eq!(without_values(error), expect);
+        check("unknown field `nats://u:p@h` at line 1 column 36", "unknown field at line 1 column 36");
+        check("unknown field `a`b:p` at line 1 column 36", "unknown field at line 1 column 36");
+        check("unknown field `a b`, expected `c` or `d` at line 1", "unknown field, expected `c` or `d` at line 1");
+        check("unknown field `replicaton` at line 1 column 4", "unknown field `replicaton` at line 1 column 4");
     }
 
     #[test]
