@@ -145,12 +145,16 @@ function soon(...steps) {
 
 function someSteps() {
   const end = performance.now() + SLICE;
-  for (const step of page.steps) {
-    page.steps.delete(step);
-    step();
-    if (performance.now() > end) break;
+  try {
+    for (const step of page.steps) {
+      page.steps.delete(step);
+      step();
+      if (performance.now() > end) break;
+    }
+  } finally {
+    // Also after a step that failed: the others do not wait for it.
+    if (page.steps.size) requestAnimationFrame(someSteps);
   }
-  if (page.steps.size) requestAnimationFrame(someSteps);
 }
 
 function announce(news) {

@@ -1,6 +1,9 @@
 // The picture of the topology: places of the sides, lines between them and where their labels are.
 "use strict";
 
+/** Up to so many lines, the place of each label is searched. */
+const MOST_SEARCHED = 20;
+
 /** Places of all sides, each behind those that fill it; more than `most` of one column are one. */
 function layout(all, most) {
   const next = new Map(), depth = new Map();
@@ -89,12 +92,14 @@ function along(points, at) {
     room beside it. */
 function labels(lines, boxes, narrow, width, height) {
   const taken = [];
+  // The search takes the square of the number of lines, and among very many no place is free.
+  const searched = lines.length <= MOST_SEARCHED;
   return lines.map((line) => {
     const half = line.words.length * (narrow ? 3 : 3.3) + 3;
     const sides = [[0, -6], [0, 15], [-half - 4, 4], [half + 4, 4], [0, 4]];
     if (line.first) sides.unshift(...sides.splice(line.first, 1));
     let best = null;
-    for (const at of [line.at, 0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8]) {
+    for (const at of searched ? [line.at, 0.5, 0.4, 0.6, 0.3, 0.7, 0.2, 0.8] : [line.at]) {
       const [x, y] = along(line.points, at);
       for (const [dx, dy] of sides) {
         const label = { left: x + dx - half, right: x + dx + half, top: y + dy - 12, bottom: y + dy + 3 };
@@ -102,7 +107,7 @@ function labels(lines, boxes, narrow, width, height) {
         const crossed = (other) => other.path.filter(([px, py]) => px > label.left && px < label.right && py > label.top && py < label.bottom).length;
         let cost = label.left < 0 || label.right > width || label.top < 0 || label.bottom > height ? 1000 : 0;
         cost += 300 * boxes.filter(over).length + 300 * taken.filter(over).length;
-        for (const other of lines) cost += crossed(other) * (other === line ? 1 : 20);
+        if (searched) for (const other of lines) cost += crossed(other) * (other === line ? 1 : 20);
         if (!best || cost < best.cost) best = { cost, label, x: x + dx, y: y + dy };
       }
       if (best.cost === 0) break;

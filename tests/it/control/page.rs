@@ -668,6 +668,7 @@ async fn pictures_of_the_page_are_kept() -> Result<()> {
             browser.until("document.getElementById('detail').hidden").await?;
             let over = browser.value("document.documentElement.scrollWidth - innerWidth").await?;
             assert!(over.as_i64() <= Some(0), "{over} pixels are cut off at {width}");
+            browser.until("document.querySelector('#topology svg') !== null").await?;
             assert_eq!(browser.value(HIDDEN_WORDS).await?, 0, "words of the topology are hidden at {width}");
             browser.picture(&format!("list-{width}-{colours}")).await?;
             browser.value("location.hash = '#/replication/SLOW'").await?;
